@@ -585,6 +585,7 @@ def flow_log_prob(
     num_steps: int,
     method: str = "midpoint",
     path: str = "linear",
+    action: Tensor | None = None,
     return_invertible: bool = False,
 ) -> tuple[Tensor, ...]:
     """Samples like `flow_sample` and returns the exact log-likelihood of that discrete sampler's action.
@@ -596,6 +597,8 @@ def flow_log_prob(
 
     Args:
         velocity, noise (B, A), num_steps, method, path: as in `flow_sample`. Rows must not interact.
+        action: (B, A), the flow's action again where it carries a graph, as (a - mean) / std does when the flow is
+            whitened; the score then includes that graph.
         return_invertible: also return which samples had det > 0 in every step. Elsewhere the map folds over: another
             noise leads to the same action, and log_prob, which leaves it out, is not to be trusted.
 
@@ -618,6 +621,9 @@ def flow_log_prob(
         for time in times:
             points.append(_solver_step(velocity, points[-1], time, num_steps, method, path))
     y, log_det, invertible = points[-1], 0.0, torch.ones_like(noise[:, 0], dtype=torch.bool)
+    if action is not None:
+        _check(noise=(noise, "BA", "float"), action=(action, "BA", "float"))
+        y = y + (action - action.detach())
     for x, time in zip(reversed(points[:-1]), reversed(times)):
         error = _solver_step(velocity, x, time, num_steps, method, path) - y  # value 0
         y = x - torch.linalg.solve_ex(jacobian(x, time).detach(), error[..., None])[0][..., 0]

@@ -1,0 +1,544 @@
+"""Continuous control with a flow policy on MuJoCo: FPO, FPO + DiPOD and a Gaussian PPO side by side, drift measured.
+
+    python control_task.py                                        # fpo, dipod, ppo on the default environment
+    python control_task.py --env HalfCheetah-v5 --seeds 3 --jobs 2
+    python control_task.py --policy linear                        # FPO's textbook flow
+    python control_task.py --eval runs/control/dipod_0.pt         # 20 stochastic episodes, 20 with zero noise
+    python control_task.py --eval runs/control/dipod_0.pt --render dipod.gif
+    python control_task.py --benchmark --env HalfCheetah-v5       # where the time goes
+
+Actions live in [-1, 1] per dimension and are rescaled to the environment's bounds. Shapes: S steps of a rollout, E
+environments, B = S*E samples, N draws, A action dimensions, O observation dimensions.
+"""
+
+import math
+import warnings
+from itertools import pairwise
+from time import monotonic
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode
+from gymnasium.wrappers.utils import RunningMeanStd
+from gymnasium.wrappers.vector import ClipAction, RecordEpisodeStatistics, RescaleAction
+from torch import Tensor, nn
+
+import dipod
+from dipod import FlowDraws, alignment, dipod_loss, draw_flow, flow_bound, flow_elbo, flow_log_prob, flow_sample
+
+ROLLOUT, GAMMA, LAMBDA, MAX_GRAD_NORM, MIN_TIME = 128, 0.99, 0.95, 0.5, 0.005
+
+# `fpo` and `dipod` differ in beta alone, as do `fpo++` and `dipod++`. interleave: Algorithm 1, after every `every` rollouts
+# an epoch of self-distillation per `distill`; distill: self-distillation of the untrained flow, then fpo++.
+METHODS = {
+    "ppo": {"beta": 0.0, "trust_region": "ppo", "per_draw": False},
+    "fpo": {"beta": 0.0, "trust_region": "ppo", "per_draw": False},
+    "dipod": {"beta": 0.3, "trust_region": "ppo", "per_draw": False},
+    "fpo++": {"beta": 0.0, "trust_region": "aspo", "per_draw": True},
+    "dipod++": {"beta": 0.3, "trust_region": "aspo", "per_draw": True},
+    "interleave": {"beta": 0.0, "trust_region": "ppo", "per_draw": False, "every": 1, "distill": 2},
+    "distill": {"beta": 0.0, "trust_region": "aspo", "per_draw": True, "first": 20},
+}
+# One configuration per policy for all environments, tuned on two of them with equal effort (README).
+POLICIES = {
+    "gaussian": {"lr": 3e-4, "clip": 0.2, "draws": 1, "epochs": 10, "minibatch": 256},
+    "linear": {"lr": 1e-3, "clip": 0.05, "draws": 8, "epochs": 10, "minibatch": 512},
+    "whitened": {"lr": 6e-4, "clip": 0.2, "draws": 4, "epochs": 10, "minibatch": 256},
+}
+COLUMNS = ["method", "seed", "step", "return", "elbo", "gap", "alignment", "noise_floor", "invalid", "ratio"]
+COLUMNS += ["clip_fraction", "entropy", "wall"]
+PANELS = {"return": "return of finished episodes", "gap": "gap (nats)", "alignment": "cosine(proxy, true gradient)"}
+
+
+def mlp(sizes: list[int], last_gain: float) -> nn.Sequential:
+    """Tanh MLP with PPO's orthogonal initialisation."""
+    layers = []
+    for i, (a, b) in enumerate(pairwise(sizes)):
+        linear = nn.Linear(a, b)
+        nn.init.orthogonal_(linear.weight, last_gain if i == len(sizes) - 2 else math.sqrt(2))
+        nn.init.zeros_(linear.bias)
+        layers += [linear, nn.Tanh()]
+    return nn.Sequential(*layers[:-1])
+
+
+class GaussianPolicy(nn.Module):
+    """PPO's policy, action = mean(obs) + std * noise; its ELBO is its log-likelihood, gap 0."""
+
+    def __init__(self, obs_dim: int, action_dim: int):
+        super().__init__()
+        self.mean = mlp([obs_dim, 64, 64, action_dim], 0.01)
+        self.log_std = nn.Parameter(torch.zeros(action_dim))
+
+    def act(self, obs: Tensor, noise: Tensor) -> Tensor:
+        return self.mean(obs) + self.log_std.exp() * noise
+
+    def whiten(self, obs: Tensor, action: Tensor) -> Tensor:
+        return (action - self.mean(obs)) * (-self.log_std).exp()
+
+    def elbo(self, obs: Tensor, action: Tensor, draws: FlowDraws) -> Tensor:
+        """(B, 1): the log-likelihood itself, in nats."""
+        z = self.whiten(obs, action)
+        return (-0.5 * z.square() - self.log_std - 0.5 * math.log(2 * math.pi)).sum(-1, keepdim=True)
+
+    def param_groups(self, lr: float) -> list[dict]:
+        return [{"params": self.parameters(), "lr": lr}]
+
+
+class FlowPolicy(nn.Module):
+    """A velocity field of 64x2 SiLU on (observation, time embedding, x), with or without a Gaussian head.
+
+    "linear" is FPO's textbook flow. "whitened" starts tight: the path preserves variance, the last layer is zero, so that
+    the flow is a standard normal z with gap 0, and action = mean(obs) + std * z. With head=False mean is 0 and std 1.
+    """
+
+    def __init__(self, obs_dim: int, action_dim: int, kind: str, head: bool, num_steps: int, solver: str):
+        super().__init__()
+        self.path = "linear" if kind == "linear" else "vp"
+        self.head = GaussianPolicy(obs_dim, action_dim) if head and kind == "whitened" else None
+        self.solver = {"num_steps": num_steps, "method": solver, "path": self.path}
+        # One Linear on the concatenation, in three parts: the observation's and the time's are computed once per call.
+        self.obs_in, self.time_in = nn.Linear(obs_dim, 64), nn.Linear(8, 64, bias=False)
+        self.x_in = nn.Linear(action_dim, 64, bias=False)
+        self.rest = nn.Sequential(nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, action_dim))
+        self.out_scale = 0.05 if self.head else 0.25
+        if kind == "whitened":
+            nn.init.zeros_(self.rest[-1].weight)
+            nn.init.zeros_(self.rest[-1].bias)
+        calls = [1 - i / num_steps for i in range(num_steps)]
+        if solver == "midpoint":
+            calls = [t - half / num_steps for t in calls for half in (0, 0.5)]
+        self.register_buffer("call_times", torch.tensor(calls)[:, None], persistent=False)
+
+    def time_features(self, time: Tensor) -> tuple[Tensor, Tensor]:
+        """First-layer part of the time (..., 64), and the output's scale: sin(tau) on the "vp" path.
+
+        E[u | x] vanishes at tau = 0; an output that did not would make the true bound diverge there.
+        """
+        angle = time * (2.0 ** torch.arange(4, device=time.device))
+        scale = (time * math.pi / 2).sin() * self.out_scale if self.path == "vp" else self.out_scale + 0 * time
+        return self.time_in(torch.cat((angle.cos(), angle.sin()), -1)), scale
+
+    def velocity(self, obs: Tensor, in_solver: bool = False):
+        """The field for these observations (B, O); `in_solver`: its calls come in the solver's order of times."""
+        context = self.obs_in(obs)
+        if in_solver:
+            features, scale = self.time_features(self.call_times)
+            known = iter(zip(context + features[:, None], scale))
+            x_weight = self.x_in.weight.T
+
+        def field(x: Tensor, time: Tensor) -> Tensor:
+            if in_solver:
+                here, scale = next(known)
+                return scale * self.rest(torch.addmm(here, x, x_weight))
+            features, scale = self.time_features(time)
+            return scale * self.rest((context if x.dim() == 2 else context[:, None]) + features + self.x_in(x))
+
+        return field
+
+    def act(self, obs: Tensor, noise: Tensor) -> Tensor:
+        z = flow_sample(self.velocity(obs, in_solver=True), noise, **self.solver)
+        return self.head.act(obs, z) if self.head else z
+
+    def elbo(self, obs: Tensor, action: Tensor, draws: FlowDraws) -> Tensor:
+        """(B, N): linear, minus the CFM loss; whitened, the ELBO up to a constant, with the Gaussian's score at the start."""
+        if self.path == "linear":
+            draws = draws._replace(time=MIN_TIME + (1 - 2 * MIN_TIME) * draws.time)
+            return flow_elbo(self.velocity(obs), action, draws)
+        z = self.head.whiten(obs, action) if self.head else action
+        elbo = action.shape[1] * flow_elbo(self.velocity(obs), z, draws, "vp")
+        return elbo - self.head.log_std.sum() if self.head else elbo
+
+    def nats(self, obs: Tensor, noise: Tensor, action: Tensor, draws: FlowDraws) -> tuple[Tensor, Tensor, Tensor]:
+        """Exact log_prob (B,) of the actions that `noise` leads to, their true ELBO (B,), and which are invertible (B,)."""
+        z = self.head.whiten(obs, action) if self.head else action
+        velocity, log_det = self.velocity(obs), self.head.log_std.sum() if self.head else 0.0
+        _, log_prob, invertible = flow_log_prob(velocity, noise, **self.solver, action=z, return_invertible=True)
+        bound = flow_bound(velocity, z, draws, self.path, 0.0 if self.path == "vp" else MIN_TIME).mean(1)
+        return log_prob - log_det, bound - log_det, invertible
+
+    def param_groups(self, lr: float) -> list[dict]:
+        """The whitened flow's field learns at half the head's rate."""
+        if not self.head:
+            return [{"params": self.parameters(), "lr": lr}]
+        head = set(self.head.parameters())
+        flow = [p for p in self.parameters() if p not in head]
+        return [{"params": list(head), "lr": lr}, {"params": flow, "lr": lr / 2}]
+
+
+def make_policy(settings: dict) -> nn.Module:
+    """The policy that `settings`, as a checkpoint holds them, describe."""
+    if settings["policy"] == "gaussian":
+        return GaussianPolicy(settings["obs_dim"], settings["action_dim"])
+    names = ("obs_dim", "action_dim", "policy", "head", "flow_steps", "solver")
+    return FlowPolicy(*(settings[name] for name in names))
+
+
+def make_envs(env: str, num_envs: int):
+    """Vector environment for policies in [-1, 1]; refuses what the policies cannot act in."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            modes = {"autoreset_mode": AutoresetMode.SAME_STEP}
+            envs = gym.make_vec(env, num_envs=num_envs, vectorization_mode="sync", vector_kwargs=modes)
+    except (gym.error.Error, ModuleNotFoundError) as e:
+        dipod.fail(f"--env {env}: {str(e).splitlines()[0]}")
+    for name, space in (("observations", envs.single_observation_space), ("actions", envs.single_action_space)):
+        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+            dipod.fail(f"--env {env}: expected one-dimensional Box {name}, got {space}")
+    if not space.is_bounded():
+        dipod.fail(f"--env {env}: expected bounded actions, got {space}")
+    one = np.ones(space.shape, np.float32)
+    return RecordEpisodeStatistics(ClipAction(RescaleAction(envs, -one, one)))
+
+
+class Statistics:
+    """Running observation mean and variance, and the scale of rewards; frozen between two calls of `update`."""
+
+    def __init__(self, obs_dim: int, num_envs: int):
+        self.obs, self.returns = RunningMeanStd(shape=(obs_dim,)), RunningMeanStd()
+        self.running = np.zeros(num_envs)
+
+    def normalize(self, obs: np.ndarray, device) -> Tensor:
+        z = (obs - self.obs.mean) / np.sqrt(self.obs.var + 1e-8)
+        return torch.as_tensor(z.clip(-10, 10), dtype=torch.float32).to(device)
+
+    def update(self, raw_obs: np.ndarray, rewards: np.ndarray, done: np.ndarray) -> None:
+        self.obs.update(raw_obs.reshape(-1, raw_obs.shape[-1]))
+        returns = np.empty_like(rewards)
+        for t in range(len(rewards)):
+            self.running = self.running * GAMMA + rewards[t]
+            returns[t] = self.running
+            self.running = self.running * ~done[t]
+        self.returns.update(returns.flatten())
+
+    def scale(self, rewards: np.ndarray) -> np.ndarray:
+        return rewards / np.sqrt(self.returns.var + 1e-8)
+
+    def state(self) -> dict:
+        pairs = {"obs": self.obs, "returns": self.returns}
+        return {k: [torch.as_tensor(v.mean), torch.as_tensor(v.var), float(v.count)] for k, v in pairs.items()}
+
+    def load(self, state: dict) -> None:
+        for target, (mean, var, count) in ((self.obs, state["obs"]), (self.returns, state["returns"])):
+            target.mean, target.var, target.count = mean.cpu().numpy(), var.cpu().numpy(), count
+
+
+def gae(rewards, values, next_values, terminated, done, gamma=GAMMA, lam=LAMBDA) -> Tensor:
+    """Generalised advantage estimates, all arguments and the result (S, E).
+
+    `next_values` is the value of the observation that the step led to, the episode's last one where it ended: truncation is
+    not termination, it bootstraps; either way nothing flows back from the next episode.
+    """
+    delta = rewards + gamma * next_values * ~terminated - values
+    advantages, running = torch.empty_like(delta), torch.zeros_like(delta[0])
+    for t in reversed(range(len(delta))):
+        running = delta[t] + gamma * lam * ~done[t] * running
+        advantages[t] = running
+    return advantages
+
+
+@torch.no_grad()
+def rollout(policy, value, envs, obs: np.ndarray, statistics: Statistics, device) -> tuple[dict, np.ndarray, list]:
+    """One rollout under fixed statistics: a batch of (B, ...) tensors, the raw last observation, finished returns."""
+    keep = {k: [] for k in ("raw", "obs", "noise", "action", "next", "reward", "terminated", "done")}
+    episodes, action_dim = [], envs.single_action_space.shape[0]
+    for _ in range(ROLLOUT):
+        x = statistics.normalize(obs, device)
+        noise = torch.randn(len(obs), action_dim, device=device)
+        action = policy.act(x, noise)  # unclipped: the environment clips, the loss must not
+        next_obs, reward, terminated, truncated, info = envs.step(action.cpu().numpy())
+        done, last = terminated | truncated, next_obs
+        if done.any():
+            last = next_obs.copy()
+            last[done] = np.stack(info["final_obs"][done])
+            episodes += info["episode"]["r"][done].tolist()
+        for name, item in zip(keep, (obs, x, noise, action, last, reward, terminated, done)):
+            keep[name].append(item)
+        obs = next_obs
+    raw, rewards, done = (np.stack(keep[name]) for name in ("raw", "reward", "done"))
+    batch = {name: torch.cat(keep[name]) for name in ("obs", "noise", "action")}
+    values = value(batch["obs"]).view(done.shape)
+    next_values = value(statistics.normalize(np.concatenate(keep["next"]), device)).view(done.shape)
+    arrays = statistics.scale(rewards).astype(np.float32), np.stack(keep["terminated"]), done
+    rewards_t, terminated_t, done_t = (torch.from_numpy(a).to(device) for a in arrays)
+    advantages = gae(rewards_t, values, next_values, terminated_t, done_t)
+    batch |= {"advantages": advantages.flatten(), "returns": (advantages + values).flatten()}
+    statistics.update(raw, rewards, done)  # from the next rollout on
+    return batch, obs, episodes
+
+
+def drift(policy: FlowPolicy, batch: dict, generator: torch.Generator, samples: int = 512) -> dict[str, float]:
+    """Gap, alignment and entropy on on-policy samples, exactly; from the batch before its first update.
+
+    noise_floor is the cosine between the true gradients of two halves of the samples: how far sampling noise alone turns it.
+    """
+    some = torch.randperm(len(batch["obs"]), generator=generator, device=batch["obs"].device)[:samples]
+    obs, noise, action, advantages = (batch[k][some] for k in ("obs", "noise", "action", "advantages"))
+    draws, parameters = draw_flow(action, 16, generator), list(policy.parameters())
+    log_prob, bound, invertible = policy.nats(obs, noise, action, draws)
+    proxy, true = policy.elbo(obs, action, draws).mean(1), torch.where(invertible, log_prob, 0.0)
+    advantages = (advantages - advantages.mean()) * invertible
+    weighted, half, count = advantages * true, len(some) // 2, invertible.sum()
+    return {
+        "gap": float(((log_prob - bound).detach() * invertible).sum() / count),
+        "alignment": float(alignment((advantages * proxy).mean(), weighted.mean(), parameters)),
+        "noise_floor": float(alignment(weighted[:half].mean(), weighted[half:].mean(), parameters)),
+        "invalid": float(1 - count / len(some)),
+        "entropy": float(-true.detach().sum() / count),
+    }
+
+
+def build(method: str, seed: int, args) -> tuple:
+    """Everything a run starts from: settings, environments, policy, value function and optimiser."""
+    kind = "gaussian" if method == "ppo" else args.policy
+    settings = POLICIES[kind] | METHODS[method]
+    settings |= {k: v for k in ("lr", "clip", "draws") if (v := getattr(args, k)) is not None}
+    settings["beta"] = settings["beta"] if args.beta is None or settings["beta"] == 0 else args.beta
+    torch.manual_seed(seed)
+    envs = make_envs(args.env, args.num_envs)
+    obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
+    settings |= {"method": method, "seed": seed, "env": args.env, "policy": kind, "head": not args.no_head}
+    settings |= {"obs_dim": obs_dim, "action_dim": action_dim, "flow_steps": args.flow_steps, "solver": args.solver}
+    device = dipod.pick_device(args.device)
+    policy, value = make_policy(settings).to(device), mlp([obs_dim, 64, 64, 1], 1.0).to(device)
+    groups = policy.param_groups(settings["lr"]) + [{"params": value.parameters(), "lr": settings["lr"]}]
+    return settings, envs, policy, value, torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0, fused=True)
+
+
+def step_optimizer(optimizer, loss: Tensor, *modules: nn.Module) -> Tensor:
+    """One update, each module's gradient clipped by itself; the norms before clipping, for the check on NaN."""
+    optimizer.zero_grad()
+    loss.backward()
+    norms = [nn.utils.clip_grad_norm_(module.parameters(), MAX_GRAD_NORM, foreach=True) for module in modules]
+    optimizer.step()
+    return torch.stack(norms)
+
+
+def update(policy, value, optimizer, batch: dict, settings: dict) -> dict[str, float]:
+    """PPO's epochs of minibatches on one rollout; mean of the losses' info over them."""
+    obs, action, advantages, returns = (batch[k] for k in ("obs", "action", "advantages", "returns"))
+    draws = draw_flow(action, settings["draws"])
+    with torch.no_grad():
+        old_elbo = policy.elbo(obs, action, draws)  # (B, N), once per rollout, and the same draws in every epoch
+    infos, norms = [], []
+    for _ in range(settings["epochs"]):
+        for i in torch.randperm(len(obs), device=obs.device).split(settings["minibatch"]):
+            elbo, old = policy.elbo(obs[i], action[i], FlowDraws(draws.time[i], draws.noise[i])), old_elbo[i]
+            if not settings["per_draw"]:
+                elbo, old = elbo.mean(1), old.mean(1)
+            a = (advantages[i] - advantages[i].mean()) / (advantages[i].std() + 1e-8)
+            loss, info = dipod_loss(elbo, old, a, settings["beta"], settings["clip"], settings["trust_region"])
+            value_loss = nn.functional.mse_loss(value(obs[i])[:, 0], returns[i])
+            norms.append(step_optimizer(optimizer, loss + value_loss, policy, value))
+            infos.append(torch.stack([info[k] for k in ("elbo", "ratio", "clip_fraction")]))
+    check_finite(norms)
+    return dict(zip(("elbo", "ratio", "clip_fraction"), torch.stack(infos).mean(0).tolist()))
+
+
+def check_finite(norms: list[Tensor]) -> None:
+    if not bool(torch.stack(norms).isfinite().all()):  # once per rollout: the update loop itself never waits for a GPU
+        raise FloatingPointError("non-finite gradient")
+
+
+def self_distill(policy, optimizer, obs: Tensor, settings: dict, updates: int) -> None:
+    """Algorithm 1's other half: maximise the ELBO of freshly sampled actions. # [DiPOD]"""
+    norms = []
+    for _ in range(updates):
+        x = obs[torch.randint(len(obs), (settings["minibatch"],), device=obs.device)]
+        with torch.no_grad():
+            action = policy.act(x, torch.randn(len(x), settings["action_dim"], device=x.device))
+        elbo = policy.elbo(x, action, draw_flow(action, settings["draws"]))
+        norms.append(step_optimizer(optimizer, -elbo.mean(), policy))
+    check_finite(norms)
+
+
+def train(method: str, seed: int, args) -> list[dict]:
+    """One run; its rows of metrics.csv. Resumes from the run's checkpoint if args.resume (episodes start anew)."""
+    settings, envs, policy, value, optimizer = build(method, seed, args)
+    device, started, wall, rows, start = next(value.parameters()).device, monotonic(), 0.0, [], 0
+    statistics = Statistics(settings["obs_dim"], args.num_envs)
+    watch = torch.Generator(device).manual_seed(seed)  # diagnostics draw from their own
+    path = dipod.checkpoint_path(args.out, method, seed)
+    if args.resume and path.exists():
+        state = dipod.load_checkpoint(path, device)
+        for name, part in (("policy", policy), ("value", value), ("optimizer", optimizer)):
+            part.load_state_dict(state[name])
+        statistics.load(state["statistics"])
+        torch.set_rng_state(state["rng"].cpu())
+        watch.set_state(state["watch"].cpu())
+        start, rows, wall = state["iteration"], state["rows"], state["wall"]
+    obs, _ = envs.reset(seed=1000 * seed + start)
+    size = ROLLOUT * args.num_envs
+    iterations, episodes = max(2, math.ceil(args.steps / size)), []
+    every = max(1, iterations // args.rows)
+    for iteration in range(start, iterations):
+        batch, obs, finished = rollout(policy, value, envs, obs, statistics, device)
+        episodes += finished
+        try:
+            if iteration == 0:  # the first rollout fills the statistics: what the networks see would change under them
+                if settings.get("first"):
+                    self_distill(policy, optimizer, batch["obs"], settings, settings["first"])
+                continue
+            due = iteration == iterations - 1 or iteration % every == 0
+            measured = dict.fromkeys(("gap", "alignment", "noise_floor", "invalid", "entropy"), math.nan)
+            if due and method != "ppo" and not args.no_drift:
+                measured |= drift(policy, batch, watch)
+            info = update(policy, value, optimizer, batch, settings)
+            if settings.get("every") and iteration % settings["every"] == 0:
+                self_distill(policy, optimizer, batch["obs"], settings, settings["distill"])
+        except FloatingPointError as e:
+            raise FloatingPointError(f"{method} seed {seed} step {(iteration + 1) * size}: {e}; stopped") from None
+        if due:
+            now = wall + monotonic() - started
+            row = {"method": method, "seed": seed, "step": (iteration + 1) * size, "wall": now} | measured | info
+            row["return"] = float(np.mean(episodes)) if episodes else math.nan
+            row, episodes = {k: row[k] for k in COLUMNS}, []
+            rows.append(row)
+            state = {"settings": settings, "statistics": statistics.state(), "iteration": iteration + 1, "rows": rows}
+            state |= {"policy": policy.state_dict(), "value": value.state_dict(), "optimizer": optimizer.state_dict()}
+            state |= {
+                "rng": torch.get_rng_state(),
+                "watch": watch.get_state(),
+                "wall": now,
+                "skipped": start / iterations,
+            }
+            dipod.report(args, row, state, started, (iteration + 1) / iterations)
+    envs.close()
+    return rows
+
+
+def load_policy(path) -> tuple[nn.Module, Statistics, dict]:
+    state = dipod.load_checkpoint(path)
+    settings = state["settings"]
+    policy, statistics = make_policy(settings), Statistics(settings["obs_dim"], 1)
+    policy.load_state_dict(state["policy"])
+    statistics.load(state["statistics"])
+    return policy, statistics, settings
+
+
+@torch.no_grad()
+def evaluate(path, episodes: int = 20) -> dict[str, np.ndarray]:
+    """Returns of `episodes` whole episodes with the policy's noise, and of as many with zero noise."""
+    policy, statistics, settings = load_policy(path)
+    results, generator = {}, torch.Generator().manual_seed(0)
+    for name, scale in (("stochastic", 1.0), ("zero noise", 0.0)):
+        envs = make_envs(settings["env"], episodes)
+        obs, _ = envs.reset(seed=10**6)
+        returns = np.full(episodes, np.nan)
+        while np.isnan(returns).any():
+            noise = scale * torch.randn(episodes, settings["action_dim"], generator=generator)
+            obs, _, terminated, truncated, info = envs.step(policy.act(statistics.normalize(obs, "cpu"), noise).numpy())
+            first = (terminated | truncated) & np.isnan(
+                returns
+            )  # an environment's first episode, no bias to short ones
+            returns[first] = info["episode"]["r"][first] if first.any() else 0
+        results[name] = returns
+        print(f"{settings['method']} on {settings['env']}, {episodes} episodes, {name}: ", end="")
+        print(f"return {returns.mean():.1f} +- {returns.std():.1f} [{returns.min():.1f}..{returns.max():.1f}]")
+        envs.close()
+    return results
+
+
+@torch.no_grad()
+def render(path, file: str) -> None:
+    """An episode of a trained policy as an animated GIF."""
+    import imageio
+
+    policy, statistics, settings = load_policy(path)
+    try:
+        env = gym.make(settings["env"], render_mode="rgb_array")
+        obs, _ = env.reset(seed=0)
+        frames, done = [env.render()], False
+    except Exception as e:
+        if isinstance(e, (gym.error.Error, ImportError, AttributeError, RuntimeError)) or "gl" in str(e).lower():
+            dipod.fail(
+                f"--render: no picture from {settings['env']} ({e}); without a screen, set MUJOCO_GL=egl or osmesa"
+            )
+        raise
+    low, high, generator = env.action_space.low, env.action_space.high, torch.Generator().manual_seed(0)
+    while not done:
+        noise = torch.randn(1, settings["action_dim"], generator=generator)
+        action = policy.act(statistics.normalize(obs[None], "cpu"), noise)[0].clamp(-1, 1).numpy()
+        obs, _, terminated, truncated, _ = env.step(low + (action + 1) / 2 * (high - low))
+        frames.append(env.render())
+        done = terminated or truncated
+    try:
+        imageio.mimsave(file, frames[:300], duration=1000 / env.metadata["render_fps"], loop=0)
+    except (OSError, ValueError) as e:
+        dipod.fail(f"--render {file}: cannot write there ({e})")
+    print(f"written: {file} ({len(frames[:300])} frames)")
+
+
+def benchmark(args, rollouts: int = 6) -> None:
+    """Env steps per second: bare environment, sampling, update, end to end."""
+    import resource
+
+    torch.set_num_threads(1)
+    for method in args.methods:
+        settings, envs, policy, value, optimizer = build(method, 0, args)
+        device, statistics = next(value.parameters()).device, Statistics(settings["obs_dim"], args.num_envs)
+        obs, _ = envs.reset(seed=0)
+        bare, size = envs.unwrapped, ROLLOUT * args.num_envs
+        actions = [bare.action_space.sample() for _ in range(ROLLOUT)]
+        seconds = dict.fromkeys(("bare environment", "sampling", "update", "end to end"), 0.0)
+        for i in range(rollouts + 1):  # the first one warms up
+            t = [monotonic()]
+            for action in actions:
+                bare.step(action)
+            t.append(monotonic())
+            with torch.no_grad():
+                x = statistics.normalize(obs, device)
+                for _ in range(ROLLOUT):
+                    policy.act(x, torch.randn(args.num_envs, settings["action_dim"], device=device))
+            t.append(monotonic())
+            batch, obs, _ = rollout(policy, value, envs, obs, statistics, device)
+            t.append(monotonic())
+            update(policy, value, optimizer, batch, settings)
+            t.append(monotonic())
+            if i:
+                for name, s in zip(seconds, (t[1] - t[0], t[2] - t[1], t[4] - t[3], t[4] - t[2])):
+                    seconds[name] += s
+        print(f"{method} on {args.env}, {args.num_envs} environments, 1 thread, {device}")
+        for name, s in seconds.items():
+            print(f"  {name:<17} {rollouts * size / s:8.0f} env steps/s")
+        print(f"  end to end / bare environment: {seconds['bare environment'] / seconds['end to end']:.2f}")
+        print(f"  peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
+
+
+def main() -> None:
+    parser = dipod.task_parser(__doc__, METHODS, ["fpo", "dipod", "ppo"], 200_000, "environment steps", "runs/control")
+    parser.add_argument(
+        "--env", default="Reacher-v5", help="gymnasium environment, Box observations and bounded Box actions"
+    )
+    parser.add_argument("--policy", choices=("linear", "whitened"), default="whitened", help="the flow of all but ppo")
+    parser.add_argument("--no-head", action="store_true", help="whitened without the Gaussian head: mean 0, std 1")
+    parser.add_argument("--num-envs", type=dipod._at_least(1), default=16, help="environments stepped together")
+    parser.add_argument("--flow-steps", type=dipod._at_least(1), default=5, help="solver steps of a sample")
+    parser.add_argument(
+        "--solver", choices=("midpoint", "euler"), default="midpoint", help="2 or 1 network calls a step"
+    )
+    parser.add_argument(
+        "--draws", type=dipod._at_least(1), help="(time, noise) draws of an action; default: the policy's own"
+    )
+    parser.add_argument("--eval", metavar="CHECKPOINT", help="evaluate a trained policy and leave")
+    parser.add_argument("--render", metavar="FILE.gif", help="with --eval: also write an episode as a GIF")
+    parser.add_argument("--benchmark", action="store_true", help="measure speed and leave")
+    args = parser.parse_args()
+    if args.render and not args.eval:
+        parser.error("--render needs --eval CHECKPOINT")
+    if args.eval:
+        evaluate(args.eval)
+        return render(args.eval, args.render) if args.render else None
+    make_envs(args.env, 1).close()  # a wrong name ends here, in one line, before any process starts
+    dipod.pick_device(args.device)
+    if args.benchmark:
+        return benchmark(args)
+    print(
+        f"{args.env}, {args.policy} flow, {args.steps} steps, methods {', '.join(args.methods)}, {args.seeds} seed(s)"
+    )
+    dipod.finish(dipod.launch(train, args, COLUMNS), args, "return", PANELS, args.env)
+
+
+if __name__ == "__main__":
+    main()
