@@ -1,0 +1,533 @@
+"""Tests: every formula against brute force, value and gradient. pytest -q, under 3 minutes."""
+
+import argparse
+import itertools
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import control_task
+import dipod
+from dipod import FlowDraws, MaskDraws
+
+HERE = Path(__file__).parent
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+class Table:
+    """A masked-diffusion model without structure: independent logits for every context. Tokens 0..V-1, V is the mask."""
+
+    def __init__(self, width: int, vocabulary: int, scale: float = 1.0):
+        self.base = vocabulary + 1
+        self.logits = (scale * torch.randn(self.base**width, width, vocabulary, dtype=torch.float64)).requires_grad_()
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        powers = self.base ** torch.arange(tokens.shape[1])
+        return self.logits[(tokens * powers).sum(-1)]
+
+
+def gradient(y: Tensor, x: Tensor) -> Tensor:
+    return torch.autograd.grad(y, x, retain_graph=True)[0]
+
+
+def same_value_and_gradient(a: Tensor, b: Tensor, x: Tensor) -> None:
+    weights = torch.randn(a.shape, dtype=a.dtype)
+    torch.testing.assert_close(a, b)
+    torch.testing.assert_close(gradient((weights * a).sum(), x), gradient((weights * b).sum(), x))
+
+
+def decoding_orders(model, tokens: Tensor, maskable: Tensor, mask_id: int) -> tuple[Tensor, Tensor]:
+    """log_prob and ELBO of one row, decoding order by decoding order."""
+    positions = maskable.nonzero()[:, 0].tolist()
+    per_order = []
+    for order in itertools.permutations(positions):
+        context, total = tokens.clone(), 0.0
+        context[positions] = mask_id
+        for i in order:
+            total = total + model(context[None])[0, i].log_softmax(-1)[tokens[i]]
+            context[i] = tokens[i]
+        per_order.append(total)
+    per_order = torch.stack(per_order)
+    return per_order.logsumexp(0) - math.log(len(per_order)), per_order.mean()
+
+
+# 1. Masked diffusion
+
+
+def test_exact_likelihood_is_the_mean_over_decoding_orders():
+    model = Table(4, 2)
+    tokens = torch.tensor([[0, 1, 1, 0], [1, 1, 0, 0], [0, 0, 0, 1]])
+    maskable = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 0], [1, 1, 0, 1]]).bool()  # rows of different lengths
+    log_prob, elbo = dipod.exact_likelihood(model, tokens, maskable, 2, batch_size=5)
+    brute = [decoding_orders(model, t, m, 2) for t, m in zip(tokens, maskable)]
+    same_value_and_gradient(log_prob, torch.stack([b[0] for b in brute]), model.logits)
+    same_value_and_gradient(elbo, torch.stack([b[1] for b in brute]), model.logits)
+    assert (log_prob > elbo).all()
+
+
+def test_exact_likelihood_sums_to_one_and_proxy_gradient_is_minus_the_gap_on_policy():
+    model = Table(4, 3)
+    completions = torch.tensor(list(itertools.product(range(3), repeat=3)))
+    tokens = torch.cat((torch.ones(27, 1, dtype=torch.long), completions), 1)
+    maskable = torch.tensor([[False, True, True, True]]).expand(27, -1)
+    log_prob, elbo = dipod.exact_likelihood(model, tokens, maskable, 3)
+    pi = log_prob.exp()
+    torch.testing.assert_close(pi.sum(), torch.ones((), dtype=torch.float64))
+    pi = pi.detach()
+    on_policy_elbo, on_policy_gap = gradient(pi @ elbo, model.logits), gradient(pi @ (log_prob - elbo), model.logits)
+    torch.testing.assert_close(on_policy_elbo, -on_policy_gap)
+    assert on_policy_gap.norm() > 0.01
+
+
+def test_sampler_has_the_exact_likelihood():
+    model, generator = Table(3, 2, 1.5), torch.Generator().manual_seed(1)
+    start = torch.tensor([[0, 2, 2]]).expand(40_000, -1)
+    samples = dipod.sample_masked(model, start, 2, generator=generator)
+    assert (samples[:, 0] == 0).all()
+    for a, b in itertools.product(range(2), repeat=2):
+        tokens = torch.tensor([[0, a, b]])
+        p = dipod.exact_likelihood(model, tokens, tokens.new_tensor([[0, 1, 1]]).bool(), 2)[0].exp().item()
+        seen = (samples == tokens).all(-1).float().mean().item()
+        assert abs(seen - p) < 4 * math.sqrt(p * (1 - p) / len(samples))
+
+
+def test_sampler_fills_every_mask_and_only_those():
+    def model(tokens):  # the mask token, 4, is the likeliest output
+        return torch.tensor([0.0, 0.0, 0.0, 1.0, 9.0]).expand(*tokens.shape, -1)
+
+    tokens = torch.tensor([[4, 0, 4, 4], [1, 2, 3, 0], [4, 4, 4, 4]])
+    filled = dipod.sample_masked(model, tokens, 4)
+    assert (filled < 4).all() and (filled[1] == tokens[1]).all() and filled[0, 1] == 0
+    assert (dipod.sample_masked(model, tokens, 4, temperature=0.0)[tokens == 4] == 3).all()
+    assert (tokens == 4).sum() == 7  # the input is left alone
+
+
+def test_masked_elbo_against_loops_and_enumeration():
+    model, tokens = Table(4, 2), torch.randint(0, 2, (3, 4))
+    maskable = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 0], [1, 1, 1, 1]]).bool()
+    draws = dipod.draw_masks(maskable, 5)
+    elbo = dipod.masked_elbo(model, tokens, draws, 2)
+    brute = torch.zeros_like(elbo)
+    for b, n in itertools.product(range(3), range(5)):
+        hidden = draws.mask[b, n].nonzero()[:, 0]
+        context = tokens[b].clone()
+        context[hidden] = 2
+        log_p = model(context[None])[0].log_softmax(-1)
+        brute[b, n] = maskable[b].sum() / len(hidden) * sum(log_p[i, tokens[b, i]] for i in hidden)
+    same_value_and_gradient(elbo, brute, model.logits)
+    # all masks of each size, sizes equally likely: the estimate's expectation is the exact ELBO
+    row, masks, weights, shares = tokens[:1], [], [], []
+    for k in (1, 2, 3, 4):
+        for chosen in itertools.combinations(range(4), k):
+            masks.append([i in chosen for i in range(4)])
+            weights.append(4 / k)
+            shares.append(1 / 4 / math.comb(4, k))
+    every = MaskDraws(torch.tensor([masks]), torch.tensor([weights]))
+    expected = (dipod.masked_elbo(model, row, every, 2) * torch.tensor(shares)).sum(1)
+    exact = dipod.exact_likelihood(model, row, torch.ones_like(row).bool(), 2)[1]
+    torch.testing.assert_close(expected, exact)
+
+
+def test_draw_masks_every_column_is_uniform():
+    maskable = torch.tensor([[0, 1, 1, 1, 1, 1]]).bool().expand(20_000, -1)
+    for num_draws in (1, 2, 3, 4, 8):
+        mask, weight = dipod.draw_masks(maskable, num_draws, torch.Generator().manual_seed(0))
+        k = mask.sum(-1)
+        assert not mask[..., 0].any()
+        torch.testing.assert_close(weight, 5 / k)
+        for size in range(1, 6):  # sizes uniform in each column; given the size, tokens uniform
+            assert ((k == size).float().mean(0) - 0.2).abs().max() < 0.015
+            shares = torch.stack([mask[:, n][k[:, n] == size].float().mean(0)[1:] for n in range(num_draws)])
+            assert (shares - size / 5).abs().max() < 0.04
+
+
+def test_draw_masks_is_unbiased_with_15_percent_less_variance():
+    embed, first, second = torch.randn(3, 16), torch.randn(96, 64) / 8, torch.randn(64, 12) / 4
+
+    def model(tokens):  # unlike Table, contexts that share tokens are alike, as in a network
+        return (torch.tanh(embed[tokens].flatten(1) @ first) @ second).view(-1, 6, 2)
+
+    tokens = torch.tensor([[0, 1, 1, 0, 1, 0]]).expand(8000, -1)
+    maskable = torch.ones_like(tokens).bool()
+    with torch.no_grad():
+        exact = dipod.exact_likelihood(model, tokens[:1], maskable[:1], 2)[1]
+        ours = dipod.masked_elbo(model, tokens, dipod.draw_masks(maskable, 4), 2).mean(1)
+        singles = [dipod.draw_masks(maskable, 1) for _ in range(4)]
+        independent = MaskDraws(*(torch.cat(parts, 1) for parts in zip(*singles)))
+        plain = dipod.masked_elbo(model, tokens, independent, 2).mean(1)
+    for estimate in (ours, plain):
+        assert abs(estimate.mean() - exact) < 4 * estimate.std() / math.sqrt(8000)
+    assert ours.var() < 0.85 * plain.var()
+
+
+def test_masked_bounds_against_loops():
+    model, tokens = Table(4, 2), torch.randint(0, 2, (3, 4))
+    maskable = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 0], [1, 1, 1, 1]]).bool()
+    for power, num_draws in ((1.0, 1), (1.5, 2), (4.0, 3)):  # with one draw some tokens are not scored
+        draws = dipod.draw_masks(maskable, num_draws)
+        elbo, eubo = dipod.masked_bounds(model, tokens, draws, 2, power)
+        same_value_and_gradient(elbo, dipod.masked_elbo(model, tokens, draws, 2), model.logits)
+        brute = []
+        for b in range(3):
+            per_token = []
+            for i in range(4):
+                terms = []
+                for n in range(num_draws):
+                    context = torch.where(draws.mask[b, n], 2, tokens[b])
+                    p = model(context[None])[0, i].softmax(-1)[tokens[b, i]]
+                    terms.append(draws.mask[b, n, i] * draws.weight[b, n] * p**power)
+                if any(draws.mask[b, :, i]):
+                    per_token.append(torch.log(sum(terms) / num_draws) / power)
+            brute.append(maskable[b].sum() * sum(per_token) / len(per_token))
+        same_value_and_gradient(eubo, torch.stack(brute), model.logits)
+        assert gradient(eubo.sum(), model.logits).isfinite().all()
+
+
+def test_eubo_bounds_for_large_power_only():
+    model = Table(3, 2, 3.0)
+    sequences = torch.tensor(list(itertools.product(range(2), repeat=3)))
+    masks, weights = [], []
+    for k in (1, 2, 3):  # every mask, repeated so that sizes are equally likely
+        for chosen in itertools.combinations(range(3), k):
+            for _ in range(3 // math.comb(3, k)):
+                masks.append([i in chosen for i in range(3)])
+                weights.append(3 / k)
+    draws = MaskDraws(torch.tensor([masks] * 8), torch.tensor([weights] * 8))
+    log_prob, exact = dipod.exact_likelihood(model, sequences, torch.ones_like(sequences).bool(), 2)
+    elbo, upper = dipod.masked_bounds(model, sequences, draws, 2, power=3.0)
+    torch.testing.assert_close(elbo.mean(1), exact)
+    assert (upper >= log_prob).all()
+    assert (dipod.masked_bounds(model, sequences, draws, 2, power=1.0)[1] < log_prob).any()
+
+
+# 2. Flow policy
+
+
+def tiny_field(width: int = 2):
+    """A smooth field with parameters, different in every row through `context`."""
+    weights = (0.7 * torch.randn(4, width, width, dtype=torch.float64)).requires_grad_()
+    context = torch.randn(5, width, dtype=torch.float64)
+
+    def velocity(x, time):
+        rows = context if x.dim() == 2 else context[:, None]
+        return torch.tanh(x @ weights[0] + rows @ weights[1] + time * weights[3, 0]) @ weights[2]
+
+    return velocity, weights
+
+
+def test_flow_elbo_against_loops():
+    velocity, weights = tiny_field()
+    action = torch.randn(5, 2, dtype=torch.float64)
+    draws = dipod.draw_flow(action, 3)
+    for path in ("linear", "vp"):
+        elbo = dipod.flow_elbo(velocity, action, draws, path)
+        errors = []
+        for n in range(3):
+            t, noise = draws.time[:, n], draws.noise[:, n]
+            if path == "linear":
+                x, target = t * noise + (1 - t) * action, noise - action
+            else:
+                c, s = torch.cos(t * math.pi / 2), torch.sin(t * math.pi / 2)
+                x, target = c * action + s * noise, c * noise - s * action
+            errors.append(-((velocity(x, t) - target) ** 2).sum(-1) / 2)
+        same_value_and_gradient(elbo, torch.stack(errors, 1), weights)
+
+
+def test_flow_elbo_by_hand():
+    draws = FlowDraws(torch.tensor([[[0.25]]]), torch.tensor([[[2.0, 0.0]]]))
+    elbo = dipod.flow_elbo(lambda x, t: x + t, torch.tensor([[1.0, -1.0]]), draws)
+    # x = (1.25, -.75), v = (1.5, -.5), target = (1, 1): errors .5 and -1.5
+    torch.testing.assert_close(elbo, torch.tensor([[-(0.25 + 2.25) / 2]]))
+
+
+def test_draw_flow_every_column_is_uniform_and_normal():
+    draws = dipod.draw_flow(torch.zeros(20_000, 2), 4, torch.Generator().manual_seed(0))
+    assert draws.time.shape == (20_000, 4, 1) and draws.noise.shape == (20_000, 4, 2)
+    assert (draws.time.mean(0) - 0.5).abs().max() < 0.01 and (draws.time.var(0) - 1 / 12).abs().max() < 0.003
+    assert draws.noise.mean(0).abs().max() < 0.03 and (draws.noise.var(0) - 1).abs().max() < 0.05
+    torch.testing.assert_close(draws.noise[:, 0], -draws.noise[:, 1])  # antithetic, at the same time
+    assert ((draws.time[:, 0] < 0.5) != (draws.time[:, 2] < 0.5)).all()  # stratified
+
+
+def test_flow_sample_euler_and_midpoint_by_hand():
+    noise = torch.tensor([[1.0], [-2.0]], dtype=torch.float64)
+    field = lambda x, t: x * t  # noqa: E731
+    x = noise
+    for t in (1.0, 0.5):
+        x = x - 0.5 * x * t
+    torch.testing.assert_close(dipod.flow_sample(field, noise, 2, "euler"), x)
+    x = noise
+    for t in (1.0, 0.5):
+        middle = x - 0.25 * x * t
+        x = x - 0.5 * middle * (t - 0.25)
+    torch.testing.assert_close(dipod.flow_sample(field, noise, 2, "midpoint"), x)
+    exact = noise * math.exp(-0.5)
+    errors = {m: (dipod.flow_sample(field, noise, 64, m) - exact).abs().max() for m in ("euler", "midpoint")}
+    assert errors["midpoint"] < 1e-4 < errors["euler"]
+    vp = dipod.flow_sample(lambda x, t: torch.ones_like(x), noise, 4, path="vp")
+    torch.testing.assert_close(vp, noise - math.pi / 2)  # the path's own clock
+
+
+@pytest.mark.parametrize("path", ["linear", "vp"])
+@pytest.mark.parametrize("method", ["euler", "midpoint"])
+def test_flow_log_prob_is_exact_and_its_gradient_the_score(method, path):
+    velocity, weights = tiny_field()
+    noise = torch.randn(5, 2, dtype=torch.float64)
+    solver = {"num_steps": 3, "method": method, "path": path}
+    action, log_prob, invertible = dipod.flow_log_prob(velocity, noise, **solver, return_invertible=True)
+    torch.testing.assert_close(action, dipod.flow_sample(velocity, noise, **solver).detach())
+    assert invertible.all()
+
+    def brute(row):  # numerical Jacobian of the whole map from noise to action
+        def sample(z):
+            return dipod.flow_sample(velocity, torch.cat((noise[:row], z[None], noise[row + 1 :])), **solver)[row]
+
+        columns = [(sample(noise[row] + e) - sample(noise[row] - e)) / 2e-5 for e in 1e-5 * torch.eye(2).double()]
+        normal = -0.5 * (noise[row] ** 2).sum() - math.log(2 * math.pi)
+        return normal - torch.linalg.det(torch.stack(columns, 1)).abs().log()
+
+    torch.testing.assert_close(log_prob, torch.stack([brute(b) for b in range(5)]), rtol=1e-6, atol=1e-6)
+
+    scores = torch.stack([gradient(log_prob[b], weights) for b in range(5)])
+
+    def log_prob_at_fixed_action(change: Tensor):  # find the noise that leads to the same action again
+        with torch.no_grad():
+            weights.add_(change)
+            z = noise.clone()
+            for _ in range(50):
+                jacobian = torch.func.jacrev(lambda y: dipod.flow_sample(velocity, y, **solver).sum(0))(z).movedim(1, 0)
+                error = dipod.flow_sample(velocity, z, **solver) - action
+                z = z - torch.linalg.solve(jacobian, error[..., None])[..., 0]
+            result = dipod.flow_log_prob(velocity, z, **solver)[1]
+            weights.sub_(change)
+        return result
+
+    for _ in range(3):
+        direction = torch.randn_like(weights)
+        numerical = (log_prob_at_fixed_action(1e-4 * direction) - log_prob_at_fixed_action(-1e-4 * direction)) / 2e-4
+        torch.testing.assert_close((scores * direction).sum((1, 2, 3)), numerical, rtol=1e-4, atol=1e-5)
+
+
+def test_flow_log_prob_closed_form_and_folded_samples():
+    w = torch.tensor(0.6, dtype=torch.float64, requires_grad=True)
+    noise = torch.randn(6, 1, dtype=torch.float64)
+    action, log_prob = dipod.flow_log_prob(lambda x, t: w * x, noise, 4, "euler")
+    std = (1 - w / 4) ** 4
+    normal = torch.distributions.Normal(0, std).log_prob(action[:, 0])
+    same_value_and_gradient(log_prob, normal, w)
+
+    def folding(x, t):  # step Jacobian 1 - 3 cos(x): negative near 0
+        return 3 * torch.sin(x)
+
+    noise = torch.tensor([[0.1], [3.0]])
+    _, _, invertible = dipod.flow_log_prob(folding, noise, 1, "euler", return_invertible=True)
+    assert invertible.tolist() == [False, True]
+
+
+def test_flow_log_prob_through_a_whitening_head():
+    shift, log_std = torch.zeros(2, requires_grad=True), torch.tensor([0.3, -0.2], requires_grad=True)
+    noise = torch.randn(4, 2)
+    action = (shift + log_std.exp() * noise).detach()
+    z = (action - shift) * (-log_std).exp()
+    log_prob = dipod.flow_log_prob(lambda x, t: 0 * x, noise, 2, path="vp", action=z)[1] - log_std.sum()
+    normal = torch.distributions.Normal(shift, log_std.exp()).log_prob(action).sum(-1)
+    same_value_and_gradient(log_prob, normal, shift)
+    same_value_and_gradient(log_prob, normal, log_std)
+
+
+@pytest.mark.parametrize("path", ["linear", "vp"])
+@pytest.mark.parametrize("std", [1.0, 0.5, 1.7])
+def test_flow_bound_is_tight_for_a_normal(path, std):
+    def velocity(x, time):  # exact for actions ~ N(0, std^2): E[dx/dt | x]
+        if path == "linear":
+            a, s, da, ds = 1 - time, time, -1.0, 1.0
+        else:
+            a, s = torch.cos(time * math.pi / 2), torch.sin(time * math.pi / 2)
+            da, ds = -s, a
+        return (a * da * std**2 + s * ds) / (a**2 * std**2 + s**2) * x
+
+    action = torch.tensor([[0.3], [-1.2]], dtype=torch.float64)
+    grid = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
+    time = grid.repeat_interleave(2)[None, :, None].expand(2, -1, -1)
+    noise = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(4000)[None, :, None].expand(2, -1, -1)
+    bound = dipod.flow_bound(velocity, action, FlowDraws(time, noise), path).mean(1)  # the integrand is quadratic in noise
+    exact = torch.distributions.Normal(0.0, std).log_prob(action[:, 0])
+    torch.testing.assert_close(bound, exact, rtol=0, atol=1e-3)
+    # on policy the mean gap of another field is the weighted integral of its squared distance; +-std has the moments needed
+    action = torch.tensor([[std], [-std]], dtype=torch.float64)
+    exact = torch.distributions.Normal(0.0, std).log_prob(action[:, 0])
+    worse = dipod.flow_bound(lambda x, t: velocity(x, t) + 0.3 * t, action, FlowDraws(time, noise), path).mean(1)
+    ratio, span = ((1 - grid) / grid, 1.0) if path == "linear" else (1 / torch.tan(grid * math.pi / 2), math.pi / 2)
+    assert (exact - worse).mean().item() == pytest.approx(span * (ratio * (0.3 * grid) ** 2).mean().item(), abs=2e-3)
+
+
+# 3. Policy gradient on the ELBO, and DiPOD
+
+
+def reference_loss(elbo, old, advantages, beta, clip, trust_region, weight):
+    """dipod_loss, one ratio after the other."""
+    total = total_weight = 0.0
+    for b in range(len(advantages)):
+        a, losses = advantages[b], []
+        for new, was in zip(elbo[b].reshape(-1), old[b].reshape(-1)):
+            ratio = math.e ** (new - was)
+            limited = min(max(ratio, ratio.new_tensor(1 - clip)), ratio.new_tensor(1 + clip))
+            ppo = min(ratio * a, limited * a)
+            spo = ratio * a - abs(a) / (2 * clip) * (ratio - 1) ** 2
+            kind = {"ppo": ppo, "spo": spo, "aspo": ppo if a > 0 else spo}[trust_region]
+            losses.append(-kind - beta * new)
+        w = 1.0 if weight is None else weight[b]
+        total, total_weight = total + w * sum(losses) / len(losses), total_weight + w
+    return total / total_weight
+
+
+@pytest.mark.parametrize("trust_region", ["ppo", "spo", "aspo"])
+@pytest.mark.parametrize("shape", [(12,), (12, 3)])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_dipod_loss_against_a_loop(trust_region, shape, weighted):
+    old = torch.randn(shape, dtype=torch.float64)
+    elbo = (old + 0.4 * torch.randn(shape, dtype=torch.float64)).requires_grad_()
+    advantages = torch.randn(12, dtype=torch.float64)
+    weight = torch.tensor([0.0, 1, 2, 3] * 3, dtype=torch.float64) if weighted else None
+    loss, info = dipod.dipod_loss(elbo, old, advantages, 0.3, 0.2, trust_region, weight)
+    same_value_and_gradient(loss, reference_loss(elbo, old, advantages, 0.3, 0.2, trust_region, weight), elbo)
+    assert all(v.shape == () and not v.requires_grad for v in info.values())
+    torch.testing.assert_close(info["policy_loss"] - 0.3 * info["elbo"], loss.detach())
+    if not weighted:
+        ratio = (elbo - old).exp().detach()
+        torch.testing.assert_close(info["ratio"], ratio.mean())
+        torch.testing.assert_close(info["clip_fraction"], ((ratio - 1).abs() > 0.2).double().mean())
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "ppo", "ppo_slope", "spo", "spo_slope"),
+    # slope: of the surrogate by the log ratio. spo = ratio*A - |A|/.4 (ratio-1)^2
+    [
+        (1.5, 2.0, 2.4, 0.0, 3.0 - 5 * 0.25, 1.5 * (2 - 10 * 0.5)),
+        (0.5, 2.0, 1.0, 1.0, 1.0 - 5 * 0.25, 0.5 * (2 + 10 * 0.5)),
+        (1.5, -2.0, -3.0, -3.0, -3.0 - 5 * 0.25, 1.5 * (-2 - 10 * 0.5)),
+        (0.5, -2.0, -1.6, 0.0, -1.0 - 5 * 0.25, 0.5 * (-2 + 10 * 0.5)),
+        (1.0, 2.0, 2.0, 2.0, 2.0, 2.0),
+        (1.0, -2.0, -2.0, -2.0, -2.0, -2.0),
+    ],
+)
+def test_trust_regions_by_hand(ratio, advantage, ppo, ppo_slope, spo, spo_slope):
+    expected = {"ppo": (ppo, ppo_slope), "spo": (spo, spo_slope)}
+    expected["aspo"] = expected["ppo" if advantage > 0 else "spo"]
+    for name, (value, slope) in expected.items():
+        elbo = torch.tensor([math.log(ratio)], dtype=torch.float64, requires_grad=True)
+        zero, a = torch.zeros(1, dtype=torch.float64), torch.tensor([advantage], dtype=torch.float64)
+        loss, _ = dipod.dipod_loss(elbo, zero, a, beta=0.0, clip=0.2, trust_region=name)
+        assert loss.item() == pytest.approx(-value)
+        assert gradient(loss, elbo).item() == pytest.approx(-slope)
+
+
+def test_before_the_first_update_dipod_is_an_advantage_shifted_by_beta():
+    model, tokens = Table(3, 2), torch.randint(0, 2, (6, 3))
+    elbo = dipod.masked_elbo(model, tokens, dipod.draw_masks(torch.ones_like(tokens).bool(), 4), 2)
+    advantages = torch.randn(6, dtype=torch.float64)
+    for score in (elbo, elbo.mean(1)):
+        loss, info = dipod.dipod_loss(score, score.detach(), advantages, beta=0.3)
+        shifted = -((advantages + 0.3) * elbo.mean(1)).mean()
+        torch.testing.assert_close(gradient(loss, model.logits), gradient(shifted, model.logits))
+        assert info["ratio"] == 1 and info["clip_fraction"] == 0
+        plain, _ = dipod.dipod_loss(score, score.detach(), advantages, beta=0.0)
+        fpo = -(advantages * (elbo.mean(1) - elbo.mean(1).detach()).exp()).mean()
+        same_value_and_gradient(plain, fpo, model.logits)
+
+
+def test_log_ratio_cap_is_straight_through_and_old_elbo_a_constant():
+    elbo, old = torch.tensor([50.0], requires_grad=True), torch.tensor([0.0], requires_grad=True)
+    loss, _ = dipod.dipod_loss(elbo, old, torch.tensor([-1.0]), beta=0.0)
+    assert loss.item() == pytest.approx(math.exp(10))
+    assert gradient(loss, elbo).item() == pytest.approx(math.exp(10))
+    assert torch.autograd.grad(loss, old, allow_unused=True)[0] is None
+
+
+def test_spg_loss_by_hand():
+    elbo = torch.tensor([[-3.0, -1.0], [-4.0, -4.0], [-6.0, -4.0]], requires_grad=True)
+    eubo = torch.tensor([-1.0, -2.0, -3.0], requires_grad=True)
+    advantages = torch.tensor([1.0, -2.0, 0.0])
+    loss, info = dipod.spg_loss(elbo, eubo, advantages, beta=0.3, mix=0.25)
+    # scores -2, .25*-2 + .75*-4 = -3.5, and one that A = 0 silences; mean ELBO -11/3
+    assert loss.item() == pytest.approx((2 - 2 * 3.5) / 3 + 0.3 * 11 / 3)
+    torch.testing.assert_close(gradient(loss, eubo), torch.tensor([0.0, 2 * 0.25 / 3, 0.0]))
+    expected = torch.tensor([[-0.5] * 2, [0.75] * 2, [0.0] * 2]) / 3 - 0.1 / 2
+    torch.testing.assert_close(gradient(loss, elbo), expected)
+    torch.testing.assert_close(loss, dipod.spg_loss(elbo.mean(1), eubo, advantages, beta=0.3, mix=0.25)[0])
+    weight = torch.tensor([1.0, 0.0, 0.0])
+    assert dipod.spg_loss(elbo, eubo, advantages, 0.3, 0.25, weight)[0].item() == pytest.approx(2 + 0.6)
+    assert info["elbo"].item() == pytest.approx(-11 / 3) and info["eubo"].item() == pytest.approx(-2)
+
+
+def test_group_advantages_by_hand():
+    rewards = torch.tensor([[0.0, 0.0, 1.0], [0.7, 0.7, 0.7]])
+    std = math.sqrt(((1 / 3) ** 2 * 2 + (2 / 3) ** 2) / 2)
+    expected = torch.tensor([[-1 / 3, -1 / 3, 2 / 3], [0.0, 0.0, 0.0]])
+    torch.testing.assert_close(dipod.group_advantages(rewards, normalize=False), expected)
+    torch.testing.assert_close(dipod.group_advantages(rewards), expected / (std + 1e-4))
+    assert (dipod.group_advantages(rewards)[1] == 0).all()  # exactly
+
+
+# 4. and 5. The drift
+
+
+def test_alignment():
+    a, b = torch.tensor([1.0, 0.0], requires_grad=True), torch.tensor(2.0, requires_grad=True)
+    unused = torch.zeros(3, requires_grad=True)
+    proxy, true = 3 * a[0] + 4 * b, (5 * a).sum()
+    # gradients over (a, b): (3, 0, 4) and (5, 5, 0)
+    expected = 15 / (5 * math.sqrt(50))
+    assert dipod.alignment(proxy, true, [a, b, unused]).item() == pytest.approx(expected)
+    assert dipod.alignment(proxy, -proxy, [a]).item() == pytest.approx(-1)
+    assert dipod.alignment(proxy, (0 * a).sum(), [a, b]).isnan()
+
+
+def two_token_by_hand(theta, rewards):
+    """log_prob, ELBO and reward of AA, AB, BA, BB from the six logits, written out."""
+    p = {}
+    for name, logit in zip(("1|A", "1|M", "2|A", "2|M", "1|B", "2|B"), theta):
+        p[name] = {"A": torch.sigmoid(logit), "B": torch.sigmoid(-logit)}
+    pairs = []
+    for x1, x2 in ("AA", "AB", "BA", "BB"):
+        left = p["1|M"][x1] * p[f"2|{x1}"][x2]
+        right = p["2|M"][x2] * p[f"1|{x2}"][x1]
+        pairs.append((torch.log((left + right) / 2), (torch.log(left) + torch.log(right)) / 2))
+    log_prob, elbo = (torch.stack(x) for x in zip(*pairs))
+    return log_prob, elbo, torch.tensor(rewards, dtype=torch.float64)
+
+
+def test_two_token_against_the_formulas_written_out():
+    rewards, theta = (0.8, 1.0, 0.7, 1.0), torch.zeros(6, dtype=torch.float64, requires_grad=True)
+    history = dipod.two_token(beta=0.1, steps=40, lr=2.0, rewards=rewards)
+    assert {name: (v.shape, v.dtype) for name, v in history.items()} == dict.fromkeys(
+        ("gap_AA", "gap", "alignment", "reward"), (torch.Size([41]), torch.float64)
+    )
+    for step in range(41):
+        log_prob, elbo, r = two_token_by_hand(theta, rewards)
+        pi = log_prob.exp().detach()
+        a = r - (pi * r).sum()
+        g_elbo, g_true = gradient((pi * a * elbo).sum(), theta), gradient((pi * a * log_prob).sum(), theta)
+        values = {"gap_AA": (log_prob - elbo)[0], "gap": (pi * (log_prob - elbo)).sum(), "reward": (pi * r).sum()}
+        values["alignment"] = g_elbo @ g_true / (g_elbo.norm() * g_true.norm())
+        for name, value in values.items():
+            torch.testing.assert_close(history[name][step], value.detach(), msg=f"{name} at {step}")
+        theta = (theta + 2.0 * gradient((pi * (a + 0.1) * elbo).sum(), theta)).detach().requires_grad_()
+
+
+def test_two_token_beta_keeps_the_bound_tight():
+    plain, ours = dipod.two_token(0.0, steps=150, lr=1.0), dipod.two_token(0.5, steps=150, lr=1.0)
+    assert plain["gap_AA"][-1] > 10 * ours["gap_AA"][-1] > 0
+    assert plain["alignment"][-1] < 0.9 < 0.99 < ours["alignment"][-1]
+    assert ours["reward"][-1] > 0.95
