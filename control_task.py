@@ -82,7 +82,7 @@ class GaussianPolicy(nn.Module):
         return (-0.5 * z.square() - self.log_std - 0.5 * math.log(2 * math.pi)).sum(-1, keepdim=True)
 
     def param_groups(self, lr: float) -> list[dict]:
-        return [{"params": self.parameters(), "lr": lr}]
+        return [{"params": list(self.parameters()), "lr": lr}]
 
 
 class FlowPolicy(nn.Module):
@@ -160,7 +160,7 @@ class FlowPolicy(nn.Module):
     def param_groups(self, lr: float) -> list[dict]:
         """The whitened flow's field learns at half the head's rate."""
         if not self.head:
-            return [{"params": self.parameters(), "lr": lr}]
+            return [{"params": list(self.parameters()), "lr": lr}]
         head = set(self.head.parameters())
         flow = [p for p in self.parameters() if p not in head]
         return [{"params": list(head), "lr": lr}, {"params": flow, "lr": lr / 2}]
@@ -302,7 +302,8 @@ def build(method: str, seed: int, args) -> tuple:
     settings |= {"obs_dim": obs_dim, "action_dim": action_dim, "flow_steps": args.flow_steps, "solver": args.solver}
     device = dipod.pick_device(args.device)
     policy, value = make_policy(settings).to(device), mlp([obs_dim, 64, 64, 1], 1.0).to(device)
-    groups = policy.param_groups(settings["lr"]) + [{"params": value.parameters(), "lr": settings["lr"]}]
+    groups = policy.param_groups(settings["lr"])
+    groups[0]["params"] += list(value.parameters())
     return settings, envs, policy, value, torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0, fused=True)
 
 
@@ -321,15 +322,16 @@ def update(policy, value, optimizer, batch: dict, settings: dict) -> dict[str, f
     draws = draw_flow(action, settings["draws"])
     with torch.no_grad():
         old_elbo = policy.elbo(obs, action, draws)  # (B, N), once per rollout, and the same draws in every epoch
-    infos, norms = [], []
+    infos, norms, columns = [], [], (obs, action, *draws, old_elbo, advantages, returns)
     for _ in range(settings["epochs"]):
-        for i in torch.randperm(len(obs), device=obs.device).split(settings["minibatch"]):
-            elbo, old = policy.elbo(obs[i], action[i], FlowDraws(draws.time[i], draws.noise[i])), old_elbo[i]
+        order = torch.randperm(len(obs), device=obs.device)
+        for x, a, t, eps, old, adv, ret in zip(*(c[order].split(settings["minibatch"]) for c in columns)):
+            elbo = policy.elbo(x, a, FlowDraws(t, eps))
             if not settings["per_draw"]:
                 elbo, old = elbo.mean(1), old.mean(1)
-            a = (advantages[i] - advantages[i].mean()) / (advantages[i].std() + 1e-8)
-            loss, info = dipod_loss(elbo, old, a, settings["beta"], settings["clip"], settings["trust_region"])
-            value_loss = nn.functional.mse_loss(value(obs[i])[:, 0], returns[i])
+            adv = (adv - adv.mean()) / (adv.std() + 1e-8)
+            loss, info = dipod_loss(elbo, old, adv, settings["beta"], settings["clip"], settings["trust_region"])
+            value_loss = nn.functional.mse_loss(value(x)[:, 0], ret)
             norms.append(step_optimizer(optimizer, loss + value_loss, policy, value))
             infos.append(torch.stack([info[k] for k in ("elbo", "ratio", "clip_fraction")]))
     check_finite(norms)

@@ -292,15 +292,12 @@ def draw_flow(action: Tensor, num_draws: int, generator: torch.Generator | None 
     return FlowDraws(time[:, :num_draws], noise[:, :num_draws])
 
 
-def _flow_path(action: Tensor, time: Tensor, noise: Tensor, path: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Point x = alpha*action + sigma*noise, its derivative u, alpha/sigma, and a standard normal's exact velocity at x."""
+def _flow_path(time: Tensor, path: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """alpha and sigma of x = alpha*action + sigma*noise, and their derivatives by the path's clock."""
     if path == "linear":
-        alpha, sigma, d_alpha, d_sigma = 1 - time, time, -torch.ones_like(time), torch.ones_like(time)
-    else:
-        tau = _SPAN[path] * time
-        alpha, sigma, d_alpha, d_sigma = tau.cos(), tau.sin(), -tau.sin(), tau.cos()
-    x, u = alpha * action + sigma * noise, d_alpha * action + d_sigma * noise
-    return x, u, alpha / sigma, (alpha * d_alpha + sigma * d_sigma) / (alpha**2 + sigma**2) * x
+        return 1 - time, time, -torch.ones_like(time), torch.ones_like(time)
+    cos, sin = (_SPAN[path] * time).cos(), (_SPAN[path] * time).sin()
+    return cos, sin, -sin, cos
 
 
 def _check_flow(action: Tensor, draws: FlowDraws, path: str) -> None:
@@ -341,7 +338,9 @@ def flow_elbo(velocity, action: Tensor, draws: FlowDraws, path: str = "linear") 
     Source: FPO (arXiv 2507.21053) eq. 8-9.
     """
     _check_flow(action, draws, path)
-    x, target, _, _ = _flow_path(action[:, None], draws.time, draws.noise, path)
+    alpha, sigma, d_alpha, d_sigma = _flow_path(draws.time, path)
+    x = alpha * action[:, None] + sigma * draws.noise
+    target = d_alpha * action[:, None] + d_sigma * draws.noise
     error = _at_least_float32(_call(velocity, x, draws.time)) - _at_least_float32(target)
     return -error.square().mean(-1)
 
@@ -450,14 +449,15 @@ def dipod_loss(
     a = advantages if shape == "B" else advantages[:, None]
     log_ratio = elbo - old_elbo.detach()
     ratio = (log_ratio - (log_ratio - max_log_ratio).clamp(min=0).detach()).exp()
-    ppo = torch.minimum(ratio * a, ratio.clamp(1 - clip, 1 + clip) * a)
-    spo = ratio * a - a.abs() / (2 * clip) * (ratio - 1).square()
-    surrogate = {"ppo": ppo, "spo": spo, "aspo": torch.where(a > 0, ppo, spo)}[trust_region]
-    policy_loss = -mean(surrogate)
-    loss = policy_loss - beta * mean(elbo)  # [DiPOD]
-    clipped = ((ratio.detach() - 1).abs() > clip).to(ratio.dtype)
-    info = {"policy_loss": policy_loss, "elbo": mean(elbo), "ratio": mean(ratio), "clip_fraction": mean(clipped)}
-    return loss, {name: value.detach() for name, value in info.items()}
+    surrogate = torch.minimum(ratio * a, ratio.clamp(1 - clip, 1 + clip) * a)
+    if trust_region != "ppo":
+        spo = ratio * a - a.abs() / (2 * clip) * (ratio - 1).square()
+        surrogate = spo if trust_region == "spo" else torch.where(a > 0, surrogate, spo)
+    policy_loss, mean_elbo, ratio = -mean(surrogate), mean(elbo), ratio.detach()
+    loss = policy_loss - beta * mean_elbo  # [DiPOD]
+    clipped = ((ratio - 1).abs() > clip).to(ratio.dtype)
+    info = {"policy_loss": policy_loss.detach(), "elbo": mean_elbo.detach()}
+    return loss, info | {"ratio": mean(ratio), "clip_fraction": mean(clipped)}
 
 
 def spg_loss(
@@ -490,9 +490,9 @@ def spg_loss(
     elbo = elbo if shape == "B" else elbo.mean(1)
     mean = _weighted_mean(weight, elbo)
     score = torch.where(advantages > 0, elbo, mix * eubo + (1 - mix) * elbo)
-    policy_loss = -mean(advantages * score)
-    loss = policy_loss - beta * mean(elbo)  # [DiPOD]
-    return loss, {"policy_loss": policy_loss.detach(), "elbo": mean(elbo).detach(), "eubo": mean(eubo).detach()}
+    policy_loss, mean_elbo = -mean(advantages * score), mean(elbo)
+    loss = policy_loss - beta * mean_elbo  # [DiPOD]
+    return loss, {"policy_loss": policy_loss.detach(), "elbo": mean_elbo.detach(), "eubo": mean(eubo).detach()}
 
 
 def group_advantages(rewards: Tensor, normalize: bool = True) -> Tensor:
@@ -657,9 +657,10 @@ def flow_bound(velocity, action: Tensor, draws: FlowDraws, path: str = "linear",
     _check_flow(action, draws, path)
     _check_number("min_time", min_time, 0, 1)
     time = min_time + (1 - min_time) * draws.time
-    x, u, weight, v0 = _flow_path(action[:, None], time, draws.noise, path)
-    v = _call(velocity, x, time)
-    integrand = weight * ((v - v0) * (v + v0 - 2 * u)).sum(-1, keepdim=True)
+    alpha, sigma, d_alpha, d_sigma = _flow_path(time, path)
+    x, u = alpha * action[:, None] + sigma * draws.noise, d_alpha * action[:, None] + d_sigma * draws.noise
+    v, v0 = _call(velocity, x, time), (alpha * d_alpha + sigma * d_sigma) / (alpha**2 + sigma**2) * x
+    integrand = alpha / sigma * ((v - v0) * (v + v0 - 2 * u)).sum(-1, keepdim=True)
     log_normal = -0.5 * (action.square() + math.log(2 * math.pi)).sum(-1)
     return log_normal[:, None] - (1 - min_time) * _SPAN[path] * integrand[..., 0]
 

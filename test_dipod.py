@@ -361,7 +361,9 @@ def test_flow_bound_is_tight_for_a_normal(path, std):
     grid = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
     time = grid.repeat_interleave(2)[None, :, None].expand(2, -1, -1)
     noise = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(4000)[None, :, None].expand(2, -1, -1)
-    bound = dipod.flow_bound(velocity, action, FlowDraws(time, noise), path).mean(1)  # the integrand is quadratic in noise
+    bound = dipod.flow_bound(velocity, action, FlowDraws(time, noise), path).mean(
+        1
+    )  # the integrand is quadratic in noise
     exact = torch.distributions.Normal(0.0, std).log_prob(action[:, 0])
     torch.testing.assert_close(bound, exact, rtol=0, atol=1e-3)
     # on policy the mean gap of another field is the weighted integral of its squared distance; +-std has the moments needed
@@ -531,3 +533,189 @@ def test_two_token_beta_keeps_the_bound_tight():
     assert plain["gap_AA"][-1] > 10 * ours["gap_AA"][-1] > 0
     assert plain["alignment"][-1] < 0.9 < 0.99 < ours["alignment"][-1]
     assert ours["reward"][-1] > 0.95
+
+
+# control_task.py
+
+
+def control_args(out, **changes) -> argparse.Namespace:
+    defaults = {"env": "Reacher-v5", "num_envs": 4, "policy": "whitened", "no_head": False, "flow_steps": 2}
+    defaults |= {"solver": "midpoint", "draws": None, "lr": None, "clip": None, "beta": None, "device": "cpu"}
+    defaults |= {"steps": 1536, "rows": 2, "no_drift": False, "resume": False, "out": Path(out)}
+    return argparse.Namespace(**(defaults | changes))
+
+
+def test_gae_with_truncation_against_a_slow_loop():
+    steps, envs, gamma, lam = 12, 3, 0.9, 0.8
+    rewards, values, next_values = torch.randn(3, steps, envs)
+    done = torch.rand(steps, envs) < 0.3
+    terminated = done & (torch.rand(steps, envs) < 0.5)
+    assert (done & ~terminated).any() and terminated.any()
+    ours = control_task.gae(rewards, values, next_values, terminated, done, gamma, lam)
+    for t, e in itertools.product(range(steps), range(envs)):
+        total, discount = 0.0, 1.0
+        for s in range(t, steps):
+            bootstrap = 0.0 if terminated[s, e] else gamma * next_values[s, e]
+            total += discount * (rewards[s, e] + bootstrap - values[s, e])
+            discount *= gamma * lam
+            if done[s, e]:
+                break
+        assert ours[t, e].item() == pytest.approx(float(total), abs=1e-5)
+
+
+def collect(method, tmp_path, **changes):
+    args = control_args(tmp_path, **changes)
+    settings, envs, policy, value, optimizer = control_task.build(method, 0, args)
+    statistics = control_task.Statistics(settings["obs_dim"], args.num_envs)
+    obs, _ = envs.reset(seed=0)
+    batch, obs, episodes = control_task.rollout(policy, value, envs, obs, statistics, "cpu")
+    return settings, policy, value, optimizer, batch, statistics
+
+
+def test_rollout_bootstraps_from_the_final_observation(tmp_path):
+    args = control_args(tmp_path)  # Reacher: every episode is truncated at 50 steps, none terminates
+    settings, envs, policy, value, _ = control_task.build("ppo", 0, args)
+    statistics, seen = control_task.Statistics(settings["obs_dim"], 4), []
+    step = envs.step
+
+    def spy(action):
+        result = step(action)
+        seen.append(result)
+        return result
+
+    envs.step = spy
+    obs, _ = envs.reset(seed=0)
+    first = obs.copy()
+    batch, _, episodes = control_task.rollout(policy, value, envs, obs, statistics, "cpu")
+    done = np.stack([r[2] | r[3] for r in seen])
+    assert done.sum() == 8 and len(episodes) == 8 and not np.stack([r[2] for r in seen]).any()
+    fresh = control_task.Statistics(settings["obs_dim"], 4)  # as frozen during the rollout
+    all_obs = np.stack([first, *(r[0] for r in seen)])
+    values = value(fresh.normalize(all_obs.reshape(-1, settings["obs_dim"]), "cpu")).view(129, 4).detach()
+    next_values = values[1:].clone()
+    for t, e in zip(*done.nonzero()):
+        final = fresh.normalize(seen[t][4]["final_obs"][e][None], "cpu")
+        next_values[t, e] = value(final)[0, 0].detach()
+    rewards = torch.tensor(np.stack([r[1] for r in seen]), dtype=torch.float32)
+    never = torch.zeros(128, 4, dtype=torch.bool)
+    expected = control_task.gae(rewards, values[:-1], next_values, never, torch.from_numpy(done))
+    torch.testing.assert_close(batch["advantages"].view(128, 4), expected, rtol=1e-4, atol=1e-4)
+    assert (statistics.obs.mean != fresh.obs.mean).any()  # updated afterwards
+
+
+def test_whitened_flow_starts_tight_with_the_gaussian_score(tmp_path):
+    _, policy, _, _, batch, _ = collect("dipod", tmp_path)
+    obs, noise, action = (batch[k][:64] for k in ("obs", "noise", "action"))
+    draws = dipod.draw_flow(action, 4)
+    log_prob, bound, invertible = policy.nats(obs, noise, action, draws)
+    normal = torch.distributions.Normal(policy.head.mean(obs), policy.head.log_std.exp()).log_prob(action).sum(-1)
+    torch.testing.assert_close(log_prob, normal)
+    torch.testing.assert_close(bound, normal)
+    assert invertible.all()
+    # the training ELBO's expectation has the Gaussian's score: a fine grid of times, antithetic noise of unit variance
+    time = ((torch.arange(64) + 0.5) / 64).repeat_interleave(2)[None, :, None].expand(64, -1, -1)
+    noise = torch.tensor([1.0, -1.0]).repeat(64)[None, :, None].expand(64, -1, 2)
+    elbo = policy.elbo(obs, action, FlowDraws(time, noise)).mean(1)
+    weights = torch.randn(64)
+    for parameter in policy.head.parameters():
+        ours = gradient((weights * elbo).sum(), parameter)
+        torch.testing.assert_close(ours, gradient((weights * normal).sum(), parameter), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", [("linear", False), ("whitened", False), ("whitened", True)])
+def test_nats_is_the_sampler_and_the_bound_lies_below(kind, tmp_path):
+    policy_name, no_head = kind
+    _, policy, _, _, batch, _ = collect("dipod", tmp_path, policy=policy_name, no_head=no_head, flow_steps=8)
+    for p in policy.parameters():
+        p.data += 0.3 * torch.randn_like(p)
+    obs, noise = batch["obs"], batch["noise"]
+    action = policy.act(obs, noise).detach()
+    log_prob, bound, invertible = policy.nats(obs, noise, action, dipod.draw_flow(action, 256))
+    share = invertible.float().mean()
+    assert share > 0.9
+    eps = 1e-3
+    columns = [(policy.act(obs, noise + e) - policy.act(obs, noise - e)) / (2 * eps) for e in eps * torch.eye(2)]
+    normal = torch.distributions.Normal(0, 1).log_prob(noise).sum(-1)
+    numerical = normal - torch.linalg.det(torch.stack(columns, -1)).abs().log()
+    error = (log_prob - numerical).abs()
+    assert error[invertible].quantile(0.9) < 0.05
+    assert (log_prob - bound)[invertible].mean() > 0
+
+
+def test_ratio_is_1_before_the_first_update_and_the_loss_sees_unclipped_actions(tmp_path):
+    for method in ("ppo", "dipod", "fpo++"):
+        settings, policy, value, optimizer, batch, _ = collect(method, tmp_path)
+        assert (batch["action"].abs() > 1).any()
+        torch.testing.assert_close(policy.act(batch["obs"], batch["noise"]).detach(), batch["action"])
+        settings |= {"lr": 0.0, "epochs": 1}
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+        info = control_task.update(policy, value, optimizer, batch, settings)
+        assert info["ratio"] == pytest.approx(1, abs=1e-5) and info["clip_fraction"] == 0
+
+
+def test_fpo_and_dipod_differ_in_beta_alone():
+    for plain, ours in (("fpo", "dipod"), ("fpo++", "dipod++")):
+        different = {
+            k for k in control_task.METHODS[ours] if control_task.METHODS[plain].get(k) != control_task.METHODS[ours][k]
+        }
+        assert different == {"beta"} and control_task.METHODS[plain]["beta"] == 0
+
+
+@pytest.mark.parametrize("method", control_task.METHODS)
+def test_control_same_seed_same_numbers_with_or_without_diagnostics(method, tmp_path, capsys):
+    runs = []
+    for changes in ({}, {}, {"no_drift": True}):
+        runs.append(control_task.train(method, 3, control_args(tmp_path, **changes)))
+    for rows in runs:
+        for row in rows:
+            row.pop("wall")
+    assert len(runs[0]) == 2 and repr(runs[0]) == repr(runs[1])
+    measured = ("gap", "alignment", "noise_floor", "invalid", "entropy")
+    for with_drift, without in zip(runs[0], runs[2]):
+        assert {k: v for k, v in with_drift.items() if k not in measured} == {
+            k: v for k, v in without.items() if k not in measured
+        }
+    if method != "ppo":
+        assert all(math.isfinite(runs[0][-1][k]) for k in measured)
+
+
+def run_task(*arguments, cwd=HERE) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=170)
+
+
+def test_control_end_to_end(tmp_path):
+    out = tmp_path / "out"
+    done = run_task("control_task.py", "--steps", 1024, "--num-envs", 4, "--seeds", 2, "--jobs", 2, "--out", out)
+    assert done.returncode == 0, done.stderr
+    metrics = dipod.read_csv([out / "metrics.csv"])
+    assert {(r["method"], r["seed"]) for r in metrics} == set(itertools.product(("fpo", "dipod", "ppo"), (0, 1)))
+    assert list(metrics[0]) == control_task.COLUMNS
+    summary = (out / "summary.csv").read_text().splitlines()
+    assert len(summary) == 7 and summary[0].startswith("method,seed,final_return,peak,gap,alignment")
+    assert (out / "figure.png").read_bytes()[:4] == b"\x89PNG"
+    assert "left 0:00" in done.stdout and "dipod" in done.stdout.splitlines()[-4]
+    one, two = (run_task("control_task.py", "--eval", out / "dipod_1.pt") for _ in range(2))
+    assert one.returncode == 0 and one.stdout == two.stdout and one.stdout.count("20 episodes") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--env", "NoSuch-v5"], "--env NoSuch-v5"),
+        (["--env", "CartPole-v1"], "--env CartPole-v1: expected one-dimensional Box actions"),
+        (["--methods", "fop"], "invalid choice: 'fop'"),
+        (["--eval", "missing.pt"], "missing.pt: no such checkpoint"),
+        (["--eval", "README.md"], "README.md: not a readable checkpoint"),
+        (["--out", "/proc/none"], "--out /proc/none: cannot write there"),
+        (["--seeds", "0"], "expected a whole number >= 1, got 0"),
+        (["--beta", "-1"], "expected a finite number >= 0, got -1"),
+        (["--device", "cuda"], "--device cuda"),
+        (["--render", "x.gif"], "--render needs --eval"),
+    ],
+)
+def test_control_bad_input_is_one_line_and_status_2(arguments, said):
+    if arguments == ["--device", "cuda"] and torch.cuda.is_available():
+        pytest.skip("there is one")
+    done = run_task("control_task.py", *arguments)
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
