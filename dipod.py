@@ -25,6 +25,7 @@ import csv
 import math
 import multiprocessing
 import os
+import pickle
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -825,6 +826,14 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name) if available[name] else fail(f"--device {name}: this torch has no such device")
 
 
+def make_directory(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "metrics.partial").touch()
+    except OSError as e:
+        fail(f"--out {path}: cannot write there ({e.strerror})")
+
+
 def checkpoint_path(out: Path, method: str, seed: int) -> Path:
     return Path(out) / f"{method}_{seed}.pt"
 
@@ -843,7 +852,7 @@ def load_checkpoint(path: Path, device="cpu") -> dict:
     try:
         state = torch.load(path, map_location=device, weights_only=True)
         return state if "rows" in state else fail(f"{path}: not a checkpoint of this project")
-    except Exception as e:  # whatever a corrupt or foreign file makes of torch.load
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as e:
         fail(f"{path}: not a readable checkpoint ({type(e).__name__})")
 
 
@@ -868,24 +877,21 @@ def _text(value) -> str:
 
 
 def _short(value) -> str:
-    return "-" if value != value else f"{value:.3g}" if isinstance(value, float) else str(value)
+    return str(value) if not isinstance(value, float) else "-" if math.isnan(value) else f"{value:.3g}"
 
 
 def launch(train: Callable, args: argparse.Namespace, columns: list[str]) -> list[dict]:
     """Runs train(method, seed, args) -> rows for each method and seed, in parallel processes; writes metrics.csv."""
+    make_directory(args.out)
     runs = [(method, seed) for seed in range(args.first_seed, args.first_seed + args.seeds) for method in args.methods]
     rows = []
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        for method, seed in runs:
-            path = checkpoint_path(args.out, method, seed)
-            if args.resume and path.exists():
-                rows += load_checkpoint(path)["rows"]
-            else:
-                path.unlink(missing_ok=True)
-        write_csv(args.out / "metrics.csv", rows, columns)
-    except OSError as e:
-        fail(f"--out {args.out}: cannot write there ({e.strerror})")
+    for method, seed in runs:
+        path = checkpoint_path(args.out, method, seed)
+        if args.resume and path.exists():
+            rows += load_checkpoint(path)["rows"]
+        else:
+            path.unlink(missing_ok=True)
+    write_csv(args.out / "metrics.csv", rows, columns)
     rows = []
     if min(args.jobs, len(runs)) == 1:
         torch.set_num_threads(1)
@@ -929,7 +935,7 @@ def read_csv(paths) -> list[dict]:
 
 
 def _mean(values) -> float:
-    known = [v for v in values if v == v]
+    known = [v for v in values if not math.isnan(v)]
     return sum(known) / len(known) if known else math.nan
 
 
@@ -940,7 +946,7 @@ def summarise(rows: list[dict], score: str, last: float = 0.1) -> list[dict]:
         run = [row for row in rows if (row["method"], row["seed"]) == (method, seed)]
         end = [row for row in run if row["step"] > (1 - last) * run[-1]["step"]]
         line = {"method": method, "seed": seed, f"final_{score}": _mean(row[score] for row in end)}
-        line["peak"] = max((row[score] for row in run if row[score] == row[score]), default=math.nan)
+        line["peak"] = max((row[score] for row in run if not math.isnan(row[score])), default=math.nan)
         for name in ("gap", "alignment", *(k for k in run[0] if k.startswith("held_out"))):
             line[name] = _mean(row[name] for row in end)
         lines.append(line | {"wall": run[-1]["wall"]})
@@ -955,7 +961,7 @@ def print_table(lines: list[dict]) -> None:
         own = [line for line in lines if line["method"] == method]
         cells = []
         for name in names:
-            values = [line[name] for line in own if line[name] == line[name]]
+            values = [line[name] for line in own if not math.isnan(line[name])]
             cell = _short(_mean(values))
             cells.append(cell + (f" [{min(values):.3g}..{max(values):.3g}]" if len(values) > 1 else ""))
         table.append([method, str(len(own)), *cells])
@@ -975,7 +981,7 @@ def draw_figure(rows: list[dict], panels: dict[str, str], path: Path, title: str
         for method in dict.fromkeys(row["method"] for row in rows):
             by_step = {}
             for row in rows:
-                if row["method"] == method and row[column] == row[column]:
+                if row["method"] == method and not math.isnan(row[column]):
                     by_step.setdefault(row["step"], []).append(row[column])
             steps, values = sorted(by_step), [by_step[s] for s in sorted(by_step)]
             axis.plot(steps, [_mean(v) for v in values], color=COLORS[method], label=method, linewidth=2)

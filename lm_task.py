@@ -1,0 +1,392 @@
+"""A tiny character-level masked-diffusion LM, pretrained and post-trained, with both drifts measured exactly.
+
+    python lm_task.py                                     # pretrain, then fpo, dipod, positives from the same base
+    python lm_task.py --base runs/lm/base.pt --seeds 5    # reuse a base model
+    python lm_task.py --base runs/lm/base.pt --check      # the sampler's frequencies beside the exact likelihoods
+    python lm_task.py --samples                           # also print completions of the base and the trained models
+    python lm_task.py --benchmark                         # where the time goes
+
+The prompt is a two-digit target, the completion digits and signs: `13:9+3+1`. Reward 1 if the completion is a sum of the
+right form that equals the target, else 0. The length is fixed, so 2^5 contexts give the exact likelihood of a real
+transformer while it trains. Shapes: B = P*G completions (P prompts, G samples), T tokens of which L are maskable, N draws.
+"""
+
+import math
+from itertools import product
+from pathlib import Path
+from time import monotonic
+
+import torch
+from torch import Tensor, nn
+
+import dipod
+from dipod import (
+    alignment,
+    dipod_loss,
+    draw_masks,
+    exact_likelihood,
+    group_advantages,
+    masked_bounds,
+    masked_elbo,
+    sample_masked,
+    spg_loss,
+)
+
+CHARS, MASK = "0123456789+-:", 13  # MASK is an input only: the model has no output for it
+PLUS, MINUS, PROMPT = CHARS.index("+"), CHARS.index("-"), 3
+SAMPLES, DRAWS, CLIP = (
+    8,
+    4,
+    0.2,
+)  # of each prompt; of each completion, kept for old, new and all inner updates; of the ratio
+
+# `loss`: which of dipod.py's losses, `score`: on what. interleave, Algorithm 1, spends every second rollout on
+# self-distillation, so that all methods have the same numbers of samples and updates.
+METHODS = {
+    "fpo": {"loss": "ratio", "score": "elbo", "beta": 0.0},
+    "dipod": {"loss": "ratio", "score": "elbo", "beta": 0.1},
+    "positives": {"loss": "ratio", "score": "elbo", "beta": 0.0, "positives": True},
+    "interleave": {"loss": "ratio", "score": "elbo", "beta": 0.0, "interleave": True},
+    "spg": {"loss": "spg", "mix": 0.5, "beta": 0.0},
+    "spg-dipod": {"loss": "spg", "mix": 0.5, "beta": 0.1},
+    "reinforce": {"loss": "spg", "mix": 0.0, "beta": 0.0},
+    "exact": {"loss": "ratio", "score": "exact", "beta": 0.0},
+    "d1": {"loss": "ratio", "score": "one_step", "beta": 0.0},
+}
+COLUMNS = ["method", "seed", "step", "reward", "held_out", "elbo", "log_prob", "gap", "gap_success", "gap_failure"]
+COLUMNS += ["alignment", "noise_floor", "ratio", "clip_fraction", "equal_groups", "wall"]
+PANELS = {"reward": "reward (share right)", "gap": "gap (nats)", "alignment": "cosine(proxy, true gradient)"}
+
+
+# The task
+
+
+def encode(text: str) -> list[int]:
+    return [CHARS.index(c) for c in text]
+
+
+def decode(tokens) -> str:
+    return "".join((CHARS + "_")[int(t)] for t in tokens)
+
+
+def rewards(tokens: Tensor) -> Tensor:
+    """1 where prompt and completion (B, T) read `target:digit sign digit ...` and it is true, else 0; (B,) float."""
+    target, completion = 10 * tokens[:, 0] + tokens[:, 1], tokens[:, PROMPT:]
+    digits, signs = completion[:, 0::2], completion[:, 1::2]
+    well_formed = (digits < 10).all(1) & ((signs == PLUS) | (signs == MINUS)).all(1)
+    total = digits[:, 0] + (torch.where(signs == PLUS, 1, -1) * digits[:, 1:]).sum(1)
+    return (well_formed & (total == target)).float()
+
+
+def expressions(digits: int) -> tuple[Tensor, Tensor]:
+    """All completions with `digits` digits and a value >= 0, as tokens (M, 2*digits-1), and their values (M,)."""
+    if digits > 3:  # too many to list: a random million of them
+        parts = torch.randint(0, 10, (10**6, digits)), torch.randint(PLUS, MINUS + 1, (10**6, digits - 1))
+        grid = torch.zeros(10**6, 2 * digits - 1, dtype=torch.long)
+        grid[:, 0::2], grid[:, 1::2] = parts
+    else:
+        choices = [range(10) if i % 2 == 0 else (PLUS, MINUS) for i in range(2 * digits - 1)]
+        grid = torch.tensor(list(product(*choices)))
+    value = grid[:, 0] + (torch.where(grid[:, 1::2] == PLUS, 1, -1) * grid[:, 2::2]).sum(1)
+    return grid[value >= 0], value[value >= 0]
+
+
+def prompts(targets: Tensor, length: int) -> Tensor:
+    """(B, T): each target's prompt and a fully masked completion."""
+    colon, masks = torch.full_like(targets, CHARS.index(":")), targets.new_full((len(targets), length), MASK)
+    return torch.cat((torch.stack((targets // 10, targets % 10, colon), 1), masks), 1)
+
+
+def split_targets(digits: int) -> tuple[Tensor, Tensor]:
+    """Targets that RL trains on, and those it never sees (every fourth)."""
+    targets = torch.arange(9 * digits + 1)
+    return targets[targets % 4 != 2], targets[targets % 4 == 2]
+
+
+class Model(nn.Module):
+    """Bidirectional pre-LN transformer; tokens (M, T) -> logits (M, T, V), no output for the mask token."""
+
+    def __init__(self, width: int, dim: int = 64):
+        super().__init__()
+        self.embed, self.position = nn.Embedding(len(CHARS) + 1, dim), nn.Parameter(torch.randn(width, dim))
+        layer = nn.TransformerEncoderLayer(dim, 4, 2 * dim, dropout=0.0, batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, nn.LayerNorm(dim), enable_nested_tensor=False)
+        self.head = nn.Linear(dim, len(CHARS))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.encoder(self.embed(tokens) + self.position))
+
+
+def pretrain(args, steps: int = 2000) -> Path:
+    """Trains the base model on random expressions whose stated target is right with probability 0.7; saves it."""
+    torch.manual_seed(args.base_seed)
+    device, length, started = dipod.pick_device(args.device), 2 * args.digits - 1, monotonic()
+    model = Model(PROMPT + length).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)  # warm-up, cosine
+    completion, value = expressions(args.digits)
+    for step in range(1, steps + 1):
+        chosen = torch.randint(len(value), (256,))
+        lie = torch.randint(0, 9 * args.digits + 1, (256,))
+        tokens = prompts(torch.where(torch.rand(256) < 0.7, value[chosen], lie), length)
+        maskable = (tokens == MASK).to(device)
+        tokens[:, PROMPT:] = completion[chosen]
+        loss = -masked_elbo(model, tokens.to(device), draw_masks(maskable, 1), MASK).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % (steps // 8) == 0:
+            left = (monotonic() - started) / step * (steps - step)
+            print(f"pretraining  step {step}/{steps}  elbo {-loss.item():.2f} nats  left {left:.0f} s", flush=True)
+    path = args.out / "base.pt"
+    dipod.save_checkpoint(path, {"model": model.state_dict(), "digits": args.digits, "rows": []})
+    return path
+
+
+def load_model(path: Path, device) -> tuple[Model, int]:
+    """A saved model and its number of digits."""
+    state = dipod.load_checkpoint(path, device)
+    if "digits" not in state:
+        dipod.fail(f"{path}: not a checkpoint of lm_task.py")
+    model = Model(PROMPT + 2 * state["digits"] - 1).to(device)
+    model.load_state_dict(state["model"])
+    return model, state["digits"]
+
+
+# Post-training
+
+
+def score(model, kind: str, tokens: Tensor, maskable: Tensor, draws) -> Tensor:
+    """What stands for the log-likelihood in the ratio: (B,), or (B, L) for d1's one ratio per token."""
+    if kind == "exact":
+        return exact_likelihood(model, tokens, maskable, MASK)[0]
+    if kind == "one_step":  # d1: every token's log-probability from the fully masked completion
+        log_p = model(torch.where(maskable, MASK, tokens)).log_softmax(-1)
+        return log_p.gather(2, tokens[..., None])[:, PROMPT:, 0]
+    return masked_elbo(model, tokens, draws, MASK).mean(1)
+
+
+def drift(model, tokens: Tensor, maskable: Tensor, reward: Tensor, advantages: Tensor) -> dict[str, float]:
+    """Exact gap and alignment on the on-policy batch before its first update; gap of right and of wrong answers."""
+    log_prob, elbo = exact_likelihood(model, tokens, maskable, MASK)
+    gap, parameters, weighted = (log_prob - elbo).detach(), list(model.parameters()), advantages * log_prob
+    return {
+        "elbo": elbo.mean().item(),
+        "log_prob": log_prob.mean().item(),
+        "gap": gap.mean().item(),
+        "gap_success": gap[reward == 1].mean().item(),
+        "gap_failure": gap[reward == 0].mean().item(),
+        "alignment": alignment((advantages * elbo).mean(), weighted.mean(), parameters).item(),
+        "noise_floor": alignment(weighted[0::2].mean(), weighted[1::2].mean(), parameters).item(),
+    }
+
+
+def sample_rewards(model, targets: Tensor, length: int, each: int, device, generator=None) -> tuple[Tensor, Tensor]:
+    """`each` completions of every target: tokens (B, T) and rewards (B,)."""
+    start = prompts(targets.repeat_interleave(each), length).to(device)
+    tokens = sample_masked(model, start, MASK, generator=generator)
+    return tokens, rewards(tokens)
+
+
+def train(method: str, seed: int, args) -> list[dict]:
+    """One run of RL from the base model; its rows of metrics.csv. Resumes from the run's checkpoint if args.resume."""
+    device, started, path = dipod.pick_device(args.device), monotonic(), dipod.checkpoint_path(args.out, method, seed)
+    torch.manual_seed(seed)
+    watch = torch.Generator(device).manual_seed(seed)  # diagnostics draw from their own
+    model, digits = load_model(args.base, device)
+    settings = METHODS[method]
+    beta = args.beta if args.beta is not None and settings["beta"] > 0 else settings["beta"]
+    clip = CLIP if args.clip is None else args.clip
+    lr, (targets, unseen), length = args.lr or 3e-4, split_targets(digits), 2 * digits - 1
+    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.01, fused=True)
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0 if args.decay else 1.0, args.steps)
+    start, rows, wall = 0, [], 0.0
+    if args.resume and path.exists():
+        state = dipod.load_checkpoint(path, device)
+        for name, part in (("model", model), ("optimizer", optimizer), ("decay", decay)):
+            part.load_state_dict(state[name])
+        torch.set_rng_state(state["rng"].cpu())
+        watch.set_state(state["watch"].cpu())
+        start, rows, wall = state["iteration"], state["rows"], state["wall"]
+    every, seen, equal, infos = max(1, args.steps // args.rows), [], [], []
+    for iteration in range(start, args.steps):
+        chosen = targets[torch.randint(len(targets), (args.prompts,))]
+        tokens, reward = sample_rewards(model, chosen, length, SAMPLES, device)
+        maskable = torch.zeros_like(tokens, dtype=torch.bool)
+        maskable[:, PROMPT:] = True
+        advantages = group_advantages(reward.view(-1, SAMPLES))
+        seen.append(reward.mean())
+        equal.append((advantages == 0).all(1).float().mean())
+        advantages = advantages.flatten()
+        due = iteration == args.steps - 1 or (iteration + 1) % every == 0
+        measured = dict.fromkeys(COLUMNS[5:12], math.nan)
+        if due and not args.no_drift:
+            measured |= drift(model, tokens, maskable, reward, advantages)
+        if settings.get("positives"):
+            advantages = advantages.clamp(min=0)
+        weight = beta
+        if settings.get("interleave") and iteration % 2:  # Algorithm 1's other half [DiPOD]
+            advantages, weight = torch.zeros_like(advantages), 1.0
+        draws = draw_masks(maskable, DRAWS)
+        if settings["loss"] == "ratio":
+            with torch.no_grad():
+                old = score(model, settings["score"], tokens, maskable, draws)
+        for _ in range(args.inner):
+            if settings["loss"] == "ratio":
+                new = score(model, settings["score"], tokens, maskable, draws)
+                loss, info = dipod_loss(new, old, advantages, weight, clip)
+            else:
+                elbo, eubo = masked_bounds(model, tokens, draws, MASK, power=1.5)
+                loss, info = spg_loss(elbo, eubo, advantages, weight, settings["mix"])
+            optimizer.zero_grad()
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            nan = torch.full_like(norm, math.nan)
+            infos.append(torch.stack((info.get("ratio", nan), info.get("clip_fraction", nan), norm)))
+        decay.step()
+        if due:
+            ratio, clip_fraction, norm = torch.stack(infos).mean(0).tolist()
+            if not math.isfinite(norm):
+                raise FloatingPointError(f"{method} seed {seed} step {iteration + 1}: non-finite gradient; stopped")
+            held_out = sample_rewards(model, unseen, length, 16, device, watch)[1].mean().item()
+            now = wall + monotonic() - started
+            row = {"method": method, "seed": seed, "step": iteration + 1, "held_out": held_out} | measured
+            row |= {"reward": torch.stack(seen).mean().item(), "equal_groups": torch.stack(equal).mean().item()}
+            row |= {"ratio": ratio, "clip_fraction": clip_fraction, "wall": now}
+            rows.append({k: row[k] for k in COLUMNS})
+            seen, equal, infos = [], [], []
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "decay": decay.state_dict()}
+            state |= {"digits": digits, "iteration": iteration + 1, "rows": rows, "wall": now}
+            state |= {"rng": torch.get_rng_state(), "watch": watch.get_state(), "skipped": start / args.steps}
+            dipod.report(args, rows[-1], state, started, (iteration + 1) / args.steps)
+    return rows
+
+
+# Looking at a model
+
+
+def show_samples(paths: list[Path], device) -> None:
+    """A dozen prompt/completion/reward lines of each model."""
+    for path in paths:
+        model, digits = load_model(path, device)
+        torch.manual_seed(0)
+        targets = torch.cat(split_targets(digits))[:: 3 * digits - 2][:4]
+        tokens, reward = sample_rewards(model, targets, 2 * digits - 1, 3, device)
+        print(f"\n{path.stem}")
+        for row, right in zip(tokens, reward):
+            print(f"  {decode(row)}  {'right' if right else 'wrong'}")
+
+
+def check_sampler(path: Path, device, draws: int = 20_000) -> None:
+    """Observed frequencies of a prompt's likeliest completions beside their exact likelihoods."""
+    model, digits = load_model(path, device)
+    torch.manual_seed(0)
+    tokens, _ = sample_rewards(model, torch.tensor([13]), 2 * digits - 1, draws, device)
+    distinct, counts = tokens.unique(dim=0, return_counts=True)
+    order = counts.argsort(descending=True)[:12]
+    maskable = torch.zeros_like(distinct[order], dtype=torch.bool)
+    maskable[:, PROMPT:] = True
+    with torch.no_grad():
+        exact = exact_likelihood(model, distinct[order], maskable, MASK)[0].exp()
+    print(f"{draws} completions of `13:`; the 12 most frequent. z: (observed - exact) in standard errors")
+    for row, count, p in zip(distinct[order], counts[order], exact.tolist()):
+        z = (count.item() / draws - p) / math.sqrt(p * (1 - p) / draws)
+        print(f"  {decode(row)}  observed {count.item() / draws:.4f}  exact {p:.4f}  z {z:+.1f}")
+
+
+def benchmark(args) -> None:
+    """Completions, ELBOs and exact likelihoods per second, beside a bare forward pass of the same tokens."""
+    import resource
+
+    torch.set_num_threads(1)
+    device, length = dipod.pick_device(args.device), 2 * args.digits - 1
+    model, targets = Model(PROMPT + length).to(device), split_targets(args.digits)[0]
+    tokens, _ = sample_rewards(model, targets[:8], length, SAMPLES, device)
+    maskable = torch.zeros_like(tokens, dtype=torch.bool)
+    maskable[:, PROMPT:] = True
+    draws = draw_masks(maskable, DRAWS)
+    inputs = torch.where(draws.mask, MASK, tokens[:, None]).flatten(0, 1)
+
+    def seconds(f, repeats: int = 40) -> float:
+        f()
+        times = []
+        for _ in range(repeats):
+            begun = monotonic()
+            f()
+            times.append(monotonic() - begun)
+        return sorted(times)[repeats // 2]
+
+    with torch.no_grad():
+        bare, elbo = seconds(lambda: model(inputs)), seconds(lambda: masked_elbo(model, tokens, draws, MASK))
+        sampling = seconds(lambda: sample_rewards(model, targets[:8], length, SAMPLES, device))
+        exact = seconds(lambda: exact_likelihood(model, tokens, maskable, MASK))
+    bare_both = seconds(lambda: model(inputs).sum().backward())
+    elbo_both = seconds(lambda: masked_elbo(model, tokens, draws, MASK).sum().backward())
+    n = len(inputs)
+    print(f"{len(tokens)} completions of {length} tokens, {DRAWS} draws, 1 thread, {device}; medians of 40")
+    print(f"  sampling          {len(tokens) / sampling:8.0f} completions/s")
+    print(f"  ELBO              {n / elbo:8.0f} evaluations/s, {bare / elbo:.2f} of a bare forward pass")
+    print(
+        f"  ELBO and gradient {n / elbo_both:8.0f} evaluations/s, {bare_both / elbo_both:.2f} of a bare forward and backward"
+    )
+    print(f"  exact likelihood  {len(tokens) / exact:8.0f} completions/s")
+    args.base, args.steps, args.rows, args.no_drift = pretrain_nothing(args, model), 30, 1, True
+    begun = monotonic()
+    train("dipod", 0, args)
+    print(f"  end to end        {args.steps / (monotonic() - begun):8.1f} iterations/s of dipod")
+    print(f"  peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
+
+
+def pretrain_nothing(args, model: Model) -> Path:
+    args.out.mkdir(parents=True, exist_ok=True)
+    dipod.save_checkpoint(args.out / "untrained.pt", {"model": model.state_dict(), "digits": args.digits, "rows": []})
+    return args.out / "untrained.pt"
+
+
+def main() -> None:
+    parser = dipod.task_parser(__doc__, METHODS, ["fpo", "dipod", "positives"], 300, "RL iterations", "runs/lm")
+    parser.add_argument(
+        "--base", type=Path, metavar="FILE", help="a pretrained model; default: pretrain one into --out"
+    )
+    parser.add_argument("--base-seed", type=int, default=0, metavar="S", help="seed of the pretraining")
+    parser.add_argument("--inner", type=dipod._at_least(1), default=2, help="updates on each rollout")
+    parser.add_argument("--prompts", type=dipod._at_least(1), default=8, help="prompts of a rollout, 8 samples each")
+    parser.add_argument("--digits", type=int, choices=(2, 3, 4), default=3, help="of a completion, 2*digits-1 tokens")
+    parser.add_argument("--decay", action="store_true", help="decay the learning rate linearly to 0")
+    parser.add_argument(
+        "--samples", action="store_true", help="print completions of the base and of each trained model"
+    )
+    parser.add_argument("--check", action="store_true", help="compare the sampler with exact likelihoods and leave")
+    parser.add_argument("--benchmark", action="store_true", help="measure speed and leave")
+    args = parser.parse_args()
+    device = dipod.pick_device(args.device)
+    if args.benchmark:
+        return benchmark(args)
+    dipod.make_directory(args.out)
+    if args.base is None and args.resume and (args.out / "base.pt").exists():
+        args.base = args.out / "base.pt"
+    torch.set_num_threads(1)
+    args.base = args.base or pretrain(args)
+    model, args.digits = load_model(args.base, device)
+    if args.check:
+        return check_sampler(args.base, device)
+    torch.manual_seed(0)
+    seen, unseen = (
+        sample_rewards(model, t, 2 * args.digits - 1, 64, device)[1].mean() for t in split_targets(args.digits)
+    )
+    print(f"base model {args.base}: reward {seen:.3f}, on held-out targets {unseen:.3f}")
+    rows = dipod.launch(train, args, COLUMNS)
+    dipod.finish(rows, args, "reward", PANELS, f"lr {args.lr or 3e-4:g}, {args.inner} inner updates")
+    if args.lr is None and args.inner == 2:
+        print(
+            "Mind: 3e-4 is a hot learning rate, chosen to show the drift; README.md has the curve over learning rates."
+        )
+    if args.samples:
+        runs = product(args.methods, range(args.first_seed, args.first_seed + args.seeds))
+        show_samples([args.base, *(dipod.checkpoint_path(args.out, *run) for run in runs)], device)
+
+
+if __name__ == "__main__":
+    main()
