@@ -27,6 +27,7 @@ import multiprocessing
 import os
 import pickle
 import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -881,36 +882,53 @@ def _short(value) -> str:
 
 
 def launch(train: Callable, args: argparse.Namespace, columns: list[str]) -> list[dict]:
-    """Runs train(method, seed, args) -> rows for each method and seed, in parallel processes; writes metrics.csv."""
-    make_directory(args.out)
+    """Runs train(method, seed, args) -> rows for each method and seed, in parallel processes; writes metrics.csv.
+
+    A run that stops on FloatingPointError says so in a line, keeps its last checkpoint and makes the exit status 1; the
+    others go on.
+    """
     runs = [(method, seed) for seed in range(args.first_seed, args.first_seed + args.seeds) for method in args.methods]
-    rows = []
-    for method, seed in runs:
-        path = checkpoint_path(args.out, method, seed)
-        if args.resume and path.exists():
-            rows += load_checkpoint(path)["rows"]
-        else:
+    saved = {run: checkpoint_path(args.out, *run) for run in runs}
+    make_directory(args.out)
+    if not args.resume:
+        for path in saved.values():
             path.unlink(missing_ok=True)
-    write_csv(args.out / "metrics.csv", rows, columns)
-    rows = []
-    if min(args.jobs, len(runs)) == 1:
-        torch.set_num_threads(1)
-        for run in runs:
-            rows += train(*run, args)
-    else:
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(args.jobs, len(runs)), spawn, torch.set_num_threads, (1,)) as pool:
-            futures = [pool.submit(train, *run, args) for run in runs]
-            try:
-                for future in as_completed(futures):
-                    rows += future.result()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
+
+    def write() -> list[dict]:  # from the checkpoints, which hold every row that was reported, once
+        rows = [row for path in saved.values() if path.exists() for row in load_checkpoint(path)["rows"]]
+        write_csv(args.out / "metrics.csv", rows, columns)
+        return rows
+
+    write()
+    failed = False
+    spawn, jobs = multiprocessing.get_context("spawn"), min(args.jobs, len(runs))
+    with ProcessPoolExecutor(jobs, spawn, start_worker) as pool:
+        futures = [pool.submit(train, *run, args) for run in runs]
+        try:
+            for future in as_completed(futures):
+                try:
+                    future.result()
+                except FloatingPointError as e:
+                    failed = True
+                    print(f"error: {e}", file=sys.stderr, flush=True)
+        except BaseException as e:
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+            if not isinstance(e, KeyboardInterrupt):
                 raise
-    order = {run: i for i, run in enumerate(runs)}
-    rows.sort(key=lambda row: order[row["method"], row["seed"]])
-    write_csv(args.out / "metrics.csv", rows, columns)
+            print(f"interrupted; --resume goes on from the checkpoints in {args.out}", file=sys.stderr)
+            raise SystemExit(130) from None
+    rows = write()
+    if failed:
+        raise SystemExit(1)
     return rows
+
+
+def start_worker() -> None:
+    """One torch thread, for small networks gain nothing from more; and no work on for a parent that was killed."""
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def write_csv(path: Path, rows: list[dict], columns: list[str]) -> None:
@@ -1003,7 +1021,10 @@ def finish(rows: list[dict], args: argparse.Namespace, score: str, panels: dict[
     lines = summarise(rows, score)
     write_csv(args.out / "summary.csv", lines, list(lines[0]))
     print_table(lines)
-    draw_figure(rows, panels, args.out / "figure.png", title)
+    try:
+        draw_figure(rows, panels, args.out / "figure.png", title)
+    except ImportError:
+        print("no figure: matplotlib is not installed")
     print(f"\nwritten to {args.out}: metrics.csv, summary.csv, figure.png and a checkpoint per run")
 
 
@@ -1014,7 +1035,16 @@ def main() -> None:
     parser.add_argument(
         "--plot", type=Path, metavar="FILE", help="draw gap and alignment over steps (needs matplotlib)"
     )
+    parser.add_argument("--report", type=Path, nargs="+", metavar="CSV", help="the table of metrics files, and leave")
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="with --report: also the figure")
+    parser.add_argument("--title", default="", help="with --figure")
     args = parser.parse_args()
+    if args.report:
+        rows = read_csv(args.report)
+        score = "return" if "return" in rows[0] else "reward"
+        print_table(summarise(rows, score))
+        panels = {score: score, "gap": "gap (nats)", "alignment": "cosine(proxy, true gradient)"}
+        return draw_figure(rows, panels, args.figure, args.title) if args.figure else None
     torch.set_num_threads(1)  # six logits
     rows = []
     print(f"{'beta':>5} {'gap on AA':>10} {'mean gap':>10} {'alignment':>10} {'reward':>8}   nats; after 1500 updates")

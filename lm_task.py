@@ -123,7 +123,7 @@ def pretrain(args, steps: int = 2000) -> Path:
     device, length, started = dipod.pick_device(args.device), 2 * args.digits - 1, monotonic()
     model = Model(PROMPT + length).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)  # warm-up, cosine
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps, pct_start=0.1)  # warm-up, cosine
     completion, value = expressions(args.digits)
     for step in range(1, steps + 1):
         chosen = torch.randint(len(value), (256,))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import control_task
 import dipod
+import lm_task
 from dipod import FlowDraws, MaskDraws
 
 HERE = Path(__file__).parent
@@ -732,3 +733,200 @@ def test_control_bad_input_is_one_line_and_status_2(arguments, said, monkeypatch
     if arguments == ["--device", "cuda"] and torch.cuda.is_available():
         pytest.skip("there is one")
     fails_with_one_line(control_task.main, arguments, said, monkeypatch, capsys)
+
+
+# lm_task.py
+
+
+def lm_args(out, base, **changes) -> argparse.Namespace:
+    defaults = {"base": base, "device": "cpu", "beta": None, "clip": None, "lr": None, "decay": False, "digits": 3}
+    defaults |= {"inner": 2, "prompts": 4, "steps": 4, "rows": 2, "no_drift": False, "resume": False, "out": Path(out)}
+    return argparse.Namespace(**(defaults | changes))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """A base model after a few pretraining steps."""
+    out = tmp_path_factory.mktemp("base")
+    return lm_task.pretrain(argparse.Namespace(base_seed=0, device="cpu", digits=3, out=out), steps=40)
+
+
+def test_tokenizer_round_trip():
+    text = "13:9+3+1"
+    assert lm_task.decode(lm_task.encode(text)) == text
+    assert lm_task.decode([1, lm_task.MASK]) == "1_"
+
+
+@pytest.mark.parametrize(
+    ("text", "reward"),
+    [
+        ("13:9+3+1", 1),
+        ("00:1+2-3", 1),
+        ("05:9-1-3", 1),
+        ("27:9+9+9", 1),
+        ("13:9+3+2", 0),  # wrong
+        ("31:9+3+1", 0),
+        ("13:9+3-1", 0),
+        ("13:93++1", 0),  # malformed
+        ("13:+9+31", 0),
+        ("13:9+3+:", 0),
+        ("13:9:3:1", 0),
+        ("13:9+3+_", 0),  # unfinished
+    ],
+)
+def test_reward_by_hand(text, reward):
+    tokens = torch.tensor([[lm_task.MASK if c == "_" else lm_task.encode(c)[0] for c in text]])
+    assert lm_task.rewards(tokens).tolist() == [reward]
+
+
+def test_expressions_and_targets():
+    completion, value = lm_task.expressions(3)
+    texts = [lm_task.decode(row) for row in completion]
+    assert len(set(texts)) == len(texts) and all(eval(t) == v for t, v in zip(texts, value.tolist()))
+    start = lm_task.prompts(value, 5)
+    start[:, 3:] = completion
+    assert (lm_task.rewards(start) == 1).all()
+    seen, unseen = lm_task.split_targets(3)
+    assert sorted(seen.tolist() + unseen.tolist()) == list(range(28)) and len(unseen) == 7
+
+
+def test_lm_likelihood_sums_to_one_and_matches_the_sampler(base):
+    model, _ = lm_task.load_model(base, "cpu")
+    tokens = torch.cat((lm_task.prompts(torch.tensor([13]), 5)[:, :6],) * 13**3)  # 13: and three masks, a shorter task
+    short = lm_task.Model(6)
+    short.load_state_dict(model.state_dict() | {"position": model.position[:6].detach()})
+    tokens[:, 3:] = torch.cartesian_prod(*[torch.arange(13)] * 3)
+    maskable = torch.zeros_like(tokens).bool()
+    maskable[:, 3:] = True
+    with torch.no_grad():
+        log_prob, elbo = dipod.exact_likelihood(short, tokens, maskable, lm_task.MASK)
+    assert log_prob.exp().sum().item() == pytest.approx(1, abs=1e-4) and (log_prob >= elbo - 1e-4).all()
+    start = tokens[:1].repeat(30_000, 1).masked_fill(maskable[:1], lm_task.MASK)
+    sampled = dipod.sample_masked(short, start, lm_task.MASK)
+    assert (sampled != lm_task.MASK).all()  # the model has no such output
+    index = (sampled[:, 3:] * torch.tensor([169, 13, 1])).sum(-1)
+    seen = torch.bincount(index, minlength=13**3) / len(index)
+    p = log_prob.exp()
+    top = p.argsort(descending=True)[:30]
+    z = (seen[top] - p[top]) / (p[top] * (1 - p[top]) / len(index)).sqrt()
+    assert z.abs().max() < 4.5 and z.std() < 1.5
+
+
+@pytest.mark.parametrize("method", lm_task.METHODS)
+def test_lm_same_seed_same_numbers_with_or_without_diagnostics(method, base, tmp_path):
+    runs = [lm_task.train(method, 1, lm_args(tmp_path, base, no_drift=off)) for off in (False, False, True)]
+    for rows in runs:
+        for row in rows:
+            row.pop("wall")
+    assert repr(runs[0]) == repr(runs[1]) and [row["step"] for row in runs[0]] == [2, 4]
+    measured = lm_task.COLUMNS[5:12]
+    for full, bare in zip(runs[0], runs[2]):
+        assert repr({k: v for k, v in full.items() if k not in measured}) == repr(
+            {k: v for k, v in bare.items() if k not in measured}
+        )
+        assert full["gap"] > 0 and full["elbo"] + full["gap"] == pytest.approx(full["log_prob"], abs=1e-4)
+
+
+def test_lm_scores_against_the_sampler_s_exact_quantities(base):
+    model, _ = lm_task.load_model(base, "cpu")
+    tokens = torch.tensor([lm_task.encode("13:9+3+1"), lm_task.encode("07:3+3+1")])
+    maskable = torch.zeros_like(tokens).bool()
+    maskable[:, 3:] = True
+    one_step = lm_task.score(model, "one_step", tokens, maskable, None)
+    masked = torch.where(maskable, lm_task.MASK, tokens)
+    log_p = model(masked).log_softmax(-1)
+    for b, i in itertools.product(range(2), range(5)):
+        assert one_step[b, i].item() == pytest.approx(log_p[b, 3 + i, tokens[b, 3 + i]].item(), abs=1e-6)
+    exact = dipod.exact_likelihood(model, tokens, maskable, lm_task.MASK)
+    torch.testing.assert_close(lm_task.score(model, "exact", tokens, maskable, None), exact[0])
+    draws = dipod.draw_masks(maskable, 4000)
+    torch.testing.assert_close(lm_task.score(model, "elbo", tokens, maskable, draws), exact[1], rtol=0, atol=0.05)
+
+
+def test_lm_end_to_end(base, tmp_path):
+    out = tmp_path / "out"
+    options = ["--base", base, "--steps", 3, "--prompts", 2, "--samples", "--out", out]
+    done = run_task("lm_task.py", *options, "--methods", "fpo", "dipod", "--jobs", 2)
+    assert done.returncode == 0, done.stderr
+    metrics = dipod.read_csv([out / "metrics.csv"])
+    assert list(metrics[0]) == lm_task.COLUMNS and len(metrics) == 6
+    assert done.stdout.count("right") + done.stdout.count("wrong") >= 36 and "hot learning rate" in done.stdout
+    report = run_task("dipod.py", "--report", out / "metrics.csv", "--figure", tmp_path / "f.png")
+    assert report.returncode == 0 and "fpo" in report.stdout and (tmp_path / "f.png").exists()
+    check = run_task("lm_task.py", "--base", base, "--check")
+    assert check.returncode == 0 and check.stdout.count("observed") == 13
+
+
+# Stopping and going on
+
+
+def test_resume_equals_an_uninterrupted_run(base, tmp_path, monkeypatch):
+    for task, args in (
+        (lm_task, lambda out, **k: lm_args(out, base, steps=6, rows=6, decay=True, **k)),
+        (control_task, lambda out, **k: control_args(out, steps=2048, rows=4, **k)),
+    ):
+        for name in ("whole", "parts"):
+            (tmp_path / name).mkdir(exist_ok=True)
+        whole = task.train("dipod", 0, args(tmp_path / "whole"))
+        report = dipod.report
+
+        def killed(a, row, state, started, done, report=report):
+            report(a, row, state, started, done)
+            if len(state["rows"]) == 2:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(dipod, "report", killed)
+        with pytest.raises(KeyboardInterrupt):
+            task.train("dipod", 0, args(tmp_path / "parts"))
+        monkeypatch.setattr(dipod, "report", report)
+        parts = task.train("dipod", 0, args(tmp_path / "parts", resume=True))
+        for row in whole + parts:
+            row.pop("wall")
+        assert [r["step"] for r in parts] == [r["step"] for r in whole]
+        assert repr(parts[:2]) == repr(whole[:2])
+        if task is lm_task:
+            assert repr(parts) == repr(whole)  # bit for bit; the control task's environments start new episodes
+
+
+def test_kill_9_loses_no_reported_row_and_repeats_none(base, tmp_path):
+    options = ["lm_task.py", "--base", base, "--steps", 16, "--rows", 16, "--prompts", 2, "--out", tmp_path]
+    options += ["--methods", "fpo", "dipod", "--jobs", 2]
+    reported = set()
+    for kill_after in (3, 9, None):
+        command = [sys.executable, *map(str, options), *(["--resume"] if reported else [])]
+        process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        new = 0
+        for line in process.stdout:
+            words = line.split()
+            if len(words) > 4 and words[1] == "seed":
+                reported.add((words[0], int(words[4].split("/")[0])))
+                new += 1
+            if new == kill_after:
+                process.kill()
+        process.wait()
+        rows = [(r["method"], int(r["step"])) for r in dipod.read_csv([tmp_path / "metrics.csv"])]
+        assert len(rows) == len(set(rows)) and reported <= set(rows)
+        assert (process.returncode == 0) == (kill_after is None)
+    assert sorted(rows) == sorted(itertools.product(("dipod", "fpo"), range(1, 17)))
+
+
+def test_a_nan_stops_the_run_in_one_line_and_leaves_the_last_good_checkpoint(base, tmp_path, monkeypatch):
+    for task, args in (
+        (lm_task, lm_args(tmp_path, base, steps=9, rows=9)),
+        (control_task, control_args(tmp_path, steps=4096, rows=8)),
+    ):
+        report, loss = dipod.report, dipod.dipod_loss
+
+        def poisoned(a, row, state, started, done, report=report, task=task, loss=loss):
+            report(a, row, state, started, done)
+            if len(state["rows"]) == 2:
+                monkeypatch.setattr(task, "dipod_loss", lambda *x: (loss(*x)[0] * math.nan, loss(*x)[1]))
+
+        monkeypatch.setattr(dipod, "report", poisoned)
+        with pytest.raises(FloatingPointError, match="dipod seed 0 step .*: non-finite gradient"):
+            task.train("dipod", 0, args)
+        monkeypatch.setattr(dipod, "report", report)
+        monkeypatch.setattr(task, "dipod_loss", loss)
+        state = dipod.load_checkpoint(dipod.checkpoint_path(tmp_path, "dipod", 0))
+        weights = state["model"] if task is lm_task else state["policy"]
+        assert len(state["rows"]) == 2 and all(w.isfinite().all() for w in weights.values())
