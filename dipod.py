@@ -30,6 +30,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from itertools import combinations
 from pathlib import Path
 from time import monotonic
 from typing import NamedTuple
@@ -140,9 +141,10 @@ def draw_masks(maskable: Tensor, num_draws: int, generator: torch.Generator | No
     return MaskDraws(mask, weight)
 
 
-def _masked_log_prob(model, tokens: Tensor, mask: Tensor, mask_id: int) -> Tensor:
-    """log p(token | the unmasked tokens) in nats where mask (B, N, T) is set, 0 elsewhere; one batched forward pass."""
-    inputs = torch.where(mask, mask_id, tokens[:, None]).flatten(0, 1)  # (B*N, T)
+def _logits(model, inputs: Tensor) -> Tensor:
+    """The model's logits (M, T, V) for inputs (M, T), at least float32."""
+    if not callable(model):
+        raise TypeError(f"model: expected a callable, tokens (M, T) -> logits (M, T, V), got {type(model).__name__}")
     logits = model(inputs)
     if not isinstance(logits, Tensor):
         raise TypeError(
@@ -150,17 +152,24 @@ def _masked_log_prob(model, tokens: Tensor, mask: Tensor, mask_id: int) -> Tenso
         )
     if logits.dim() != 3 or logits.shape[:2] != inputs.shape:
         raise ValueError(f"model: expected logits of shape {(*inputs.shape, 'V')}, got {tuple(logits.shape)}")
-    scored = torch.where(mask, tokens[:, None], 0)
-    in_range = f"every scored token in 0..V-1 = {logits.shape[-1] - 1}"
-    _check_values("tokens", scored, lambda x: (x >= 0) & (x < logits.shape[-1]), in_range)
-    nll = F.cross_entropy(_at_least_float32(logits).flatten(0, 1), scored.flatten().long(), reduction="none")
+    return _at_least_float32(logits)
+
+
+def _masked_log_prob(model, tokens: Tensor, mask: Tensor, mask_id: int) -> Tensor:
+    """log p(token | the unmasked tokens) in nats where mask (B, N, T) is set, 0 elsewhere; one batched forward pass."""
+    logits = _logits(model, torch.where(mask, mask_id, tokens[:, None]).flatten(0, 1))  # (B*N, T, V)
+    scored, vocabulary = torch.where(mask, tokens[:, None], 0), logits.shape[-1]
+    in_range = f"every scored token in 0..V-1 = {vocabulary - 1}"
+    _check_values("tokens", scored, lambda x: (x >= 0) & (x < vocabulary), in_range)
+    nll = F.cross_entropy(logits.flatten(0, 1), scored.flatten().long(), reduction="none")
     return -nll.view(mask.shape).masked_fill(~mask, 0.0)
 
 
 def _check_masked(tokens: Tensor, draws: MaskDraws, mask_id: int) -> None:
     if not (isinstance(draws, tuple) and len(draws) == 2):
         raise TypeError(f"draws: expected MaskDraws(mask, weight), got {type(draws).__name__}")
-    _check(tokens=(tokens, "BT", "int"), mask=(draws[0], "BNT", "bool"), weight=(draws[1], "BN", "float"))
+    mask, weight = (draws[0], "BNT", "bool"), (draws[1], "BN", "float")
+    _check(tokens=(tokens, "BT", "int"), **{"draws.mask": mask, "draws.weight": weight})
     _check_number("mask_id", mask_id, 0, integer=True)
 
 
@@ -244,7 +253,7 @@ def sample_masked(
     order = torch.rand(tokens.shape, device=tokens.device, generator=generator).masked_fill(~masked, 2.0).argsort(-1)
     tokens = tokens.clone()
     for position in order[:, :num_steps].unbind(1):  # (B,), a row with fewer masks finds none left
-        logits = _at_least_float32(model(tokens)[rows, position])
+        logits = _logits(model, tokens)[rows, position]
         if mask_id < logits.shape[-1]:
             logits = logits.index_fill(-1, rows.new_tensor([mask_id]), -math.inf)
         probs = (
@@ -305,11 +314,14 @@ def _flow_path(time: Tensor, path: str) -> tuple[Tensor, Tensor, Tensor, Tensor]
 def _check_flow(action: Tensor, draws: FlowDraws, path: str) -> None:
     if not (isinstance(draws, tuple) and len(draws) == 2):
         raise TypeError(f"draws: expected FlowDraws(time, noise), got {type(draws).__name__}")
-    _check(action=(action, "BA", "float"), time=(draws[0], "BN1", "float"), noise=(draws[1], "BNA", "float"))
+    time, noise = (draws[0], "BN1", "float"), (draws[1], "BNA", "float")
+    _check(action=(action, "BA", "float"), **{"draws.time": time, "draws.noise": noise})
     _check_name("path", path, _SPAN)
 
 
 def _call(velocity, x: Tensor, time: Tensor) -> Tensor:
+    if not callable(velocity):
+        raise TypeError(f"velocity: expected a callable (x, time) -> tensor like x, got {type(velocity).__name__}")
     v = velocity(x, time)
     if not isinstance(v, Tensor):
         raise TypeError(f"velocity: expected a tensor of shape {tuple(x.shape)}, got {type(v).__name__}")
@@ -559,21 +571,19 @@ def exact_likelihood(
     length, (batch, width), device = lengths[0], tokens.shape, tokens.device
     bit = torch.arange(length, device=device)
     revealed = (torch.arange(2**length - 1, device=device)[:, None] >> bit & 1).bool()  # (S, L): S counts subsets
-    position = (
-        maskable.int().argsort(dim=-1, descending=True, stable=True)[:, None, :length].expand(-1, len(revealed), -1)
-    )
+    position = maskable.int().argsort(dim=-1, descending=True, stable=True)[:, None, :length]
+    position = position.expand(-1, len(revealed), -1)
     mask = maskable.new_zeros(batch, len(revealed), width).scatter(2, position, ~revealed.expand(batch, -1, -1))
     rows_of = tokens[:, None].expand(-1, len(revealed), -1).flatten(0, 1)
     chunks = zip(rows_of.split(batch_size), mask.flatten(0, 1)[:, None].split(batch_size))
     log_p = torch.cat([_masked_log_prob(model, t, m, mask_id)[:, 0] for t, m in chunks])
     log_p = log_p.view(batch, -1, width).gather(2, position)  # (B, S, L): log p(x_i | x_S), 0 for i in S
 
-    size = revealed.sum(-1).tolist()
-    share = [1 / (math.comb(length, s) * (length - s)) for s in range(length)]
-    elbo = (log_p.sum(-1) * log_p.new_tensor([share[s] for s in size])).sum(-1)
+    share = log_p.new_tensor([1 / (math.comb(length, s) * (length - s)) for s in range(length)])
+    elbo = (log_p.sum(-1) * share[revealed.sum(-1)]).sum(-1)
     log_f, place = log_p.new_zeros(batch, 1), torch.zeros(2**length, dtype=torch.long, device=device)
     for s in range(1, length + 1):  # all subsets of size s at once, each from its s predecessors S-i
-        member = torch.combinations(bit, s)  # (subsets, s)
+        member = torch.tensor(list(combinations(range(length), s)), device=device)  # (subsets, s)
         subset = (1 << member).sum(-1)
         before = subset[:, None] - (1 << member)
         log_f = (log_f[:, place[before]] + log_p[:, before, member]).logsumexp(-1) - math.log(length - s + 1)

@@ -930,3 +930,288 @@ def test_a_nan_stops_the_run_in_one_line_and_leaves_the_last_good_checkpoint(bas
         state = dipod.load_checkpoint(dipod.checkpoint_path(tmp_path, "dipod", 0))
         weights = state["model"] if task is lm_task else state["policy"]
         assert len(state["rows"]) == 2 and all(w.isfinite().all() for w in weights.values())
+
+
+# Bad input, devices, other people's trainers
+
+
+def plain_model(tokens):
+    return torch.zeros(*tokens.shape, 3, device=tokens.device)
+
+
+def plain_field(x, time):
+    return 0.5 * x
+
+
+B3 = torch.tensor([-1.0, -2.0, -3.0])
+MASKS = torch.tensor([[[True, True, False], [True, False, True]]] * 2)
+# function -> (its call by arguments, those arguments: a tensor, or a number with bad values, or a name)
+CALLS = {
+    "draw_masks": {"maskable": torch.ones(2, 3).bool(), "num_draws": (2, 0, -1)},
+    "masked_elbo": {
+        "model": plain_model,
+        "tokens": torch.zeros(2, 3).long(),
+        "draws.mask": MASKS,
+        "draws.weight": 1.5 * torch.ones(2, 2),
+        "mask_id": (2, -1),
+    },
+    "sample_masked": {
+        "model": plain_model,
+        "tokens": torch.tensor([[0, 3, 3], [3, 1, 3]]),
+        "mask_id": (3, -1),
+        "temperature": (1.0, -0.1, math.inf),
+    },
+    "draw_flow": {"action": torch.zeros(2, 3), "num_draws": (2, 0, -1)},
+    "flow_elbo": {
+        "velocity": plain_field,
+        "action": torch.zeros(2, 3),
+        "draws.time": 0.5 * torch.ones(2, 4, 1),
+        "draws.noise": torch.ones(2, 4, 3),
+        "path": "vp",
+    },
+    "flow_sample": {
+        "velocity": plain_field,
+        "noise": torch.zeros(2, 3),
+        "num_steps": (2, 0, -3),
+        "method": "euler",
+        "path": "linear",
+    },
+    "dipod_loss": {
+        "elbo": B3,
+        "old_elbo": B3,
+        "advantages": B3,
+        "beta": (0.1, -0.1, math.inf),
+        "clip": (0.2, 0.0, -1.0),
+        "trust_region": "ppo",
+        "weight": torch.ones(3),
+        "max_log_ratio": (10.0, 0.0),
+    },
+    "spg_loss": {
+        "elbo": B3,
+        "eubo": B3,
+        "advantages": B3,
+        "beta": (0.1, -0.1),
+        "mix": (0.5, -0.1, 1.1),
+        "weight": torch.ones(3),
+    },
+    "group_advantages": {"rewards": torch.zeros(2, 4)},
+    "alignment": {"proxy": torch.tensor(1.0), "true": torch.tensor(1.0), "parameters": [torch.zeros(2)]},
+    "two_token": {"beta": (0.1, -1.0), "steps": (1, -1), "lr": (0.1, 0.0)},
+}
+CALLS["masked_bounds"] = CALLS["masked_elbo"] | {"power": (1.5, 0.5, math.inf)}
+CALLS["exact_likelihood"] = {
+    "model": plain_model,
+    "tokens": torch.zeros(2, 3).long(),
+    "maskable": torch.ones(2, 3).bool(),
+    "mask_id": (2, -1),
+    "batch_size": (8, 0),
+}
+CALLS["flow_bound"] = CALLS["flow_elbo"] | {"min_time": (0.1, -0.1, 1.1)}
+CALLS["flow_log_prob"] = CALLS["flow_sample"] | {"action": torch.zeros(2, 3)}
+
+
+def call(function: str, arguments: dict):
+    values = {k: v[0] if isinstance(v, tuple) else v for k, v in arguments.items()}
+    for kind, names in ((MaskDraws, ("mask", "weight")), (FlowDraws, ("time", "noise"))):
+        if f"draws.{names[0]}" in values:
+            values["draws"] = kind(*(values.pop(f"draws.{name}") for name in names))
+    return getattr(dipod, function)(**values)
+
+
+def wrong_values(x, alone: bool):
+    """What each kind of argument must not be, with the error it earns."""
+    if isinstance(x, Tensor):
+        yield from ((v, ValueError) for v in (x[None], x.expand(2, *x.shape) if not x.dim() else x[0]))
+        yield from ((v, TypeError) for v in (x.tolist(), None, x.long() if x.is_floating_point() else x.float()))
+        if x.dim():
+            yield x[:0], ValueError
+        if x.dim() and not alone:
+            yield torch.cat((x, x)), ValueError  # another B
+            yield x[:1], ValueError  # would broadcast
+        if x.dim() > 1 and not alone:
+            yield x[..., :0], ValueError
+        if not alone:
+            yield x.to("meta"), ValueError
+    elif isinstance(x, tuple):
+        yield from ((v, ValueError) for v in x[1:])
+        yield from ((v, TypeError) for v in ("1", None, True, torch.ones(())))
+        if isinstance(x[0], float):
+            yield math.nan, ValueError
+        else:
+            yield 1.5, TypeError
+    elif isinstance(x, str):
+        yield from ((v, ValueError) for v in ("pop", "", None, 3))
+    elif callable(x):
+        yield from ((v, TypeError) for v in (None, 3, lambda *a: [1.0]))
+        yield lambda *a: x(*a)[:1], ValueError
+        yield lambda *a: x(*a)[..., 0], ValueError
+
+
+def wrong_calls():
+    for function, arguments in CALLS.items():
+        tensors = sum(isinstance(x, Tensor) for x in arguments.values())
+        for name, x in arguments.items():
+            if name in ("weight", "action") and tensors > 1 and function != "flow_elbo":
+                cases = [c for c in wrong_values(x, False) if c[0] is not None]  # optional
+            else:
+                cases = list(wrong_values(x, alone=tensors == 1 or function == "alignment"))
+            for i, (value, error) in enumerate(cases):
+                yield pytest.param(function, name, value, error, id=f"{function}-{name}-{i}")
+
+
+WRONG = list(wrong_calls())
+
+
+def test_there_are_enough_wrong_calls_and_the_right_ones_pass():
+    assert len(WRONG) >= 150
+    for function, arguments in CALLS.items():
+        if function == "alignment":
+            x = torch.ones(2, requires_grad=True)
+            arguments = {"proxy": x.sum(), "true": x.sum(), "parameters": [x]}
+        call(function, arguments)
+
+
+@pytest.mark.parametrize(("function", "name", "value", "error"), WRONG)
+def test_wrong_call(function, name, value, error):
+    arguments = CALLS[function] | {name: value if not isinstance(value, tuple) else value[0]}
+    with pytest.raises(error) as caught:
+        call(function, arguments)
+    message = str(caught.value)
+    family = (
+        {name, *(k for k, v in arguments.items() if isinstance(v, Tensor))} if isinstance(value, Tensor) else {name}
+    )
+    assert any(f"{n}:" in message for n in family) and "expected" in message and "got" in message
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (lambda: dipod.draw_masks(torch.tensor([[True], [False]]), 2), "maskable: .*empty completion"),
+        (
+            lambda: dipod.exact_likelihood(plain_model, torch.zeros(1, 3).long(), torch.zeros(1, 3).bool(), 2),
+            "maskable: .*1 to 14",
+        ),
+        (
+            lambda: dipod.exact_likelihood(plain_model, torch.zeros(1, 15).long(), torch.ones(1, 15).bool(), 2),
+            "maskable: .*1 to 14",
+        ),
+        (lambda: dipod.dipod_loss(B3, B3, B3, weight=torch.zeros(3)), "weight: .*sum > 0"),
+        (lambda: dipod.dipod_loss(B3, B3, B3, weight=-torch.ones(3)), "weight: .*>= 0"),
+        (lambda: dipod.dipod_loss(B3, B3[:, None], B3), "old_elbo: .*shape"),
+        (lambda: dipod.dipod_loss(B3[:, None].expand(3, 2), B3[:, None], B3), "old_elbo: .*N = 2"),
+        (lambda: dipod.group_advantages(torch.zeros(2, 1)), "rewards: .*G >= 2"),
+        (
+            lambda: dipod.masked_elbo(plain_model, 5 * torch.ones(2, 3).long(), MaskDraws(MASKS, torch.ones(2, 2)), 2),
+            "tokens: .*0..V-1",
+        ),
+        (lambda: dipod.masked_elbo(plain_model, torch.zeros(2, 3).long(), MASKS, 2), "draws: expected MaskDraws"),
+        (lambda: dipod.flow_elbo(plain_field, torch.zeros(2, 3), None), "draws: expected FlowDraws"),
+        (lambda: dipod.alignment(B3.sum(), B3.sum(), []), "parameters: .*at least one"),
+        (lambda: dipod.two_token(rewards=(1.0, 2.0)), "rewards: .*four"),
+    ],
+)
+def test_wrong_call_by_value(wrong, said):
+    with pytest.raises((ValueError, TypeError), match=said):
+        wrong()
+
+
+def test_meta_device_everywhere():
+    """Nothing is made on the wrong device: the meta device would refuse to mix with it."""
+    for function, arguments in CALLS.items():
+        if function in ("two_token", "alignment"):
+            continue
+        moved = {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in arguments.items()}
+        result = call(function, moved)
+        expected = call(function, arguments)
+        for a, b in zip(*(r if isinstance(r, tuple) else (r,) for r in (result, expected))):
+            if isinstance(a, Tensor):
+                assert a.is_meta and a.shape == b.shape and a.dtype == b.dtype
+    x = torch.ones(2, requires_grad=True, device="meta")
+    assert dipod.alignment(x.sum(), (x * x).sum(), [x]).is_meta
+
+
+def test_random_shapes_give_the_documented_shapes():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(30):
+        b, t, n, a = (int(torch.randint(1, 6, (), generator=generator)) for _ in range(4))
+        maskable = torch.rand(b, t, generator=generator) < 0.5
+        maskable[:, 0] = True
+        tokens, draws = torch.zeros(b, t).long(), dipod.draw_masks(maskable, n, generator)
+        assert draws.mask.shape == (b, n, t) and draws.weight.shape == (b, n)
+        assert dipod.masked_elbo(plain_model, tokens, draws, 3).shape == (b, n)
+        assert [x.shape for x in dipod.masked_bounds(plain_model, tokens, draws, 3)] == [(b, n), (b,)]
+        assert [x.shape for x in dipod.exact_likelihood(plain_model, tokens, maskable, 3)] == [(b,), (b,)]
+        assert dipod.sample_masked(plain_model, tokens.masked_fill(maskable, 3), 3).shape == (b, t)
+        action = torch.zeros(b, a)
+        flow = dipod.draw_flow(action, n, generator)
+        assert flow.time.shape == (b, n, 1) and flow.noise.shape == (b, n, a)
+        for path in ("linear", "vp"):
+            assert dipod.flow_elbo(plain_field, action, flow, path).shape == (b, n)
+            assert dipod.flow_bound(plain_field, action, flow, path, 0.01).shape == (b, n)
+            assert [x.shape for x in dipod.flow_log_prob(plain_field, action, 2, path=path)] == [(b, a), (b,)]
+        for elbo in (torch.zeros(b), torch.zeros(b, n)):
+            loss, info = dipod.dipod_loss(elbo, elbo, torch.ones(b))
+            assert loss.shape == () and all(v.shape == () for v in info.values())
+
+
+def test_half_precision_models_give_float32_elbos():
+    tokens, net = torch.zeros(2, 3).long(), torch.nn.Sequential(torch.nn.Embedding(3, 8), torch.nn.Linear(8, 2))
+    draws, field = dipod.draw_masks(torch.ones(2, 3).bool(), 2), torch.nn.Linear(3, 3)
+    action, flow = torch.zeros(2, 3), dipod.draw_flow(torch.zeros(2, 3), 2)
+    full = dipod.masked_elbo(net, tokens, draws, 2), dipod.flow_elbo(lambda x, t: field(x), action, flow)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert net(tokens).dtype == torch.bfloat16
+        half = dipod.masked_elbo(net, tokens, draws, 2), dipod.flow_elbo(lambda x, t: field(x), action, flow)
+        assert dipod.sample_masked(net, tokens + 2, 2).max() < 2
+    for a, b in zip(full, half):
+        assert b.dtype == torch.float32
+        torch.testing.assert_close(a, b, rtol=0.02, atol=0.05)
+
+
+def test_compiled_without_graph_breaks():
+    table, tokens = torch.randn(3, 2), torch.zeros(2, 3).long()
+    draws, action = dipod.draw_masks(torch.ones(2, 3).bool(), 2), torch.randn(2, 3)
+    flow, old, a = dipod.draw_flow(action, 2), torch.randn(2, 2), torch.randn(2)
+    functions = [
+        lambda: dipod.masked_elbo(lambda t: table[t], tokens, draws, 2),
+        lambda: dipod.masked_bounds(lambda t: table[t], tokens, draws, 2, 1.5)[1],
+        lambda: dipod.flow_elbo(plain_field, action, flow, "vp"),
+        lambda: dipod.dipod_loss(old + 0.1, old, a, trust_region="aspo", weight=a.abs())[0],
+        lambda: dipod.spg_loss(old, old.mean(1), a)[0],
+    ]
+    for f in functions:
+        torch.testing.assert_close(torch.compile(f, fullgraph=True, backend="aot_eager")(), f())
+
+
+def test_left_padding_and_completions_of_different_lengths():
+    """A Hugging Face style batch: padded prompts on the left, completions masked after their EOS, logits in an output."""
+    model = Table(5, 2)
+    tokens = torch.tensor([[0, 0, 1, 1, 0], [1, 0, 1, 0, 0]])
+    maskable = torch.tensor([[0, 0, 1, 1, 1], [0, 0, 1, 0, 0]]).bool()  # lengths 3 and 1
+    draws, length = dipod.draw_masks(maskable, 4), maskable.sum(1).double()
+    elbo = dipod.masked_elbo(model, tokens, draws, 2)
+    for b in range(2):  # a row's ELBO does not depend on its neighbours
+        alone = dipod.masked_elbo(model, tokens[b : b + 1], MaskDraws(*(d[b : b + 1] for d in draws)), 2)
+        torch.testing.assert_close(alone[0], elbo[b])
+    advantages = torch.tensor([1.0, -1.0]).double()
+    info = dipod.dipod_loss(elbo.mean(1), elbo.mean(1).detach(), advantages, weight=length)[1]
+    assert info["policy_loss"].item() == pytest.approx(-(3 - 1) / 4)
+    assert info["elbo"].item() == pytest.approx(((length * elbo.mean(1)).sum() / 4).item())
+
+
+def test_gradient_accumulation_equals_the_full_batch():
+    x = torch.randn(8, 3, requires_grad=True)
+    old, a = torch.randn(8, 3), torch.randn(8)
+    whole = gradient(dipod.dipod_loss(x, old, a)[0], x)
+    parts = sum(gradient(dipod.dipod_loss(x[i], old[i], a[i])[0], x) / 4 for i in torch.arange(8).split(2))
+    torch.testing.assert_close(whole, parts)
+
+
+def test_frozen_parameters_get_no_gradient():
+    frozen, adapter = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+    frozen.requires_grad_(False)
+    action = torch.randn(4, 3)
+    draws = dipod.draw_flow(action, 4)
+    elbo = dipod.flow_elbo(lambda x, t: frozen(x) + adapter(x), action, draws)
+    dipod.dipod_loss(elbo, elbo.detach(), torch.randn(4))[0].backward()
+    assert frozen.weight.grad is None and adapter.weight.grad.norm() > 0 and action.grad is None
