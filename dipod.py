@@ -26,6 +26,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -113,18 +114,13 @@ def draw_masks(maskable: Tensor, num_draws: int, generator: torch.Generator | No
         maskable: (B, T) bool, the completion's tokens, at least one in each row.
         num_draws: N.
         generator: on `maskable`'s device; default the global one.
-
-    Returns:
-        MaskDraws. A row without maskable tokens has weight 0 where values are not checked (see Raises).
-
-    Raises:
-        ValueError: wrong shape, num_draws < 1, or (on the CPU) a row without maskable tokens. TypeError: wrong type.
+    Returns: MaskDraws. A row without maskable tokens has weight 0 where values are not checked (see Raises).
+    Raises: ValueError: wrong shape, num_draws < 1, or (on the CPU) a row without maskable tokens. TypeError: wrong type.
     """
     _check(maskable=(maskable, "BT", "bool"))
     _check_number("num_draws", num_draws, 1, integer=True)
-    _check_values(
-        "maskable", maskable.any(-1), lambda x: x, "at least one maskable token in each row (no empty completion)"
-    )
+    not_empty = "at least one maskable token in each row (no empty completion)"
+    _check_values("maskable", maskable.any(-1), lambda x: x, not_empty)
     random = {"device": maskable.device, "generator": generator}
     batch, pairs = len(maskable), (num_draws + 1) // 2
     length = maskable.sum(-1)[:, None]  # (B, 1)
@@ -148,7 +144,7 @@ def _logits(model, inputs: Tensor) -> Tensor:
     logits = model(inputs)
     if not isinstance(logits, Tensor):
         raise TypeError(
-            f"model: expected logits (M, T, V) as a tensor, got {type(logits).__name__} (pass its .logits?)"
+            f"model: expected a tensor of logits (M, T, V), got {type(logits).__name__} (pass its .logits?)"
         )
     if logits.dim() != 3 or logits.shape[:2] != inputs.shape:
         raise ValueError(f"model: expected logits of shape {(*inputs.shape, 'V')}, got {tuple(logits.shape)}")
@@ -181,13 +177,8 @@ def masked_elbo(model, tokens: Tensor, draws: MaskDraws, mask_id: int) -> Tensor
         tokens: (B, T) int, prompt and completion.
         draws: MaskDraws for these tokens.
         mask_id: the mask token.
-
-    Returns:
-        (B, N) nats per sequence (not per token); the mean over draws estimates the ELBO, at least float32.
-
-    Raises:
-        ValueError: wrong shapes, or (on the CPU) a scored token outside 0..V-1. TypeError: wrong types.
-
+    Returns: (B, N) nats per sequence (not per token); the mean over draws estimates the ELBO, at least float32.
+    Raises: ValueError: wrong shapes, or (on the CPU) a scored token outside 0..V-1. TypeError: wrong types.
     Source: LLaDA (arXiv 2502.09992) eq. 6; the paper's ELBO for masked diffusion.
     """
     _check_masked(tokens, draws, mask_id)
@@ -204,13 +195,8 @@ def masked_bounds(model, tokens: Tensor, draws: MaskDraws, mask_id: int, power: 
     Args:
         model, tokens, draws, mask_id: as in `masked_elbo`.
         power: >= 1, SPG's beta.
-
-    Returns:
-        elbo (B, N) and eubo (B,), nats per sequence.
-
-    Raises:
-        As `masked_elbo`; ValueError for power < 1.
-
+    Returns: elbo (B, N) and eubo (B,), nats per sequence.
+    Raises: As `masked_elbo`; ValueError for power < 1.
     Source: SPG (arXiv 2510.09541), its evidence upper bound.
     """
     _check_masked(tokens, draws, mask_id)
@@ -238,12 +224,8 @@ def sample_masked(
             file, which do not renormalise, are not those of this sampler.
         temperature: of the token's distribution, 0 for argmax; the likelihoods of this file are those at 1.
         generator: on `tokens`' device; default the global one.
-
-    Returns:
-        (B, T) tokens without masks.
-
-    Raises:
-        ValueError: wrong shape or temperature < 0. TypeError: wrong types.
+    Returns: (B, T) tokens without masks.
+    Raises: ValueError: wrong shape or temperature < 0. TypeError: wrong types.
     """
     _check(tokens=(tokens, "BT", "int"))
     _check_number("mask_id", mask_id, 0, integer=True)
@@ -256,10 +238,9 @@ def sample_masked(
         logits = _logits(model, tokens)[rows, position]
         if mask_id < logits.shape[-1]:
             logits = logits.index_fill(-1, rows.new_tensor([mask_id]), -math.inf)
-        probs = (
-            (logits / temperature).softmax(-1) if temperature > 0 else F.one_hot(logits.argmax(-1), logits.shape[-1])
-        )
-        token = torch.multinomial(probs.to(logits.dtype), 1, generator=generator)[:, 0]
+        token = logits.argmax(-1)
+        if temperature > 0:
+            token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
         tokens[rows, position] = torch.where(masked[rows, position], token.to(tokens.dtype), tokens[rows, position])
     return tokens
 
@@ -288,9 +269,7 @@ def draw_flow(action: Tensor, num_draws: int, generator: torch.Generator | None 
         action: (B, A) float, for its shape, dtype and device only.
         num_draws: N.
         generator: on `action`'s device; default the global one.
-
-    Raises:
-        ValueError: wrong shape or num_draws < 1. TypeError: wrong type.
+    Raises: ValueError: wrong shape or num_draws < 1. TypeError: wrong type.
     """
     _check(action=(action, "BA", "float"))
     _check_number("num_draws", num_draws, 1, integer=True)
@@ -342,13 +321,8 @@ def flow_elbo(velocity, action: Tensor, draws: FlowDraws, path: str = "linear") 
         action: (B, A) float, unclipped, as sampled.
         draws: FlowDraws for these actions.
         path: "linear" or "vp".
-
-    Returns:
-        (B, N), minus the mean over action dimensions of the squared error; higher is better, at least float32.
-
-    Raises:
-        ValueError: wrong shapes, unknown path, or a velocity of another shape. TypeError: wrong types.
-
+    Returns: (B, N), minus the mean over action dimensions of the squared error; higher is better, at least float32.
+    Raises: ValueError: wrong shapes, unknown path, or a velocity of another shape. TypeError: wrong types.
     Source: FPO (arXiv 2507.21053) eq. 8-9.
     """
     _check_flow(action, draws, path)
@@ -387,12 +361,8 @@ def flow_sample(velocity, noise: Tensor, num_steps: int, method: str = "midpoint
         num_steps: solver steps; "midpoint" calls the velocity twice in each, "euler" once.
         method: "midpoint" or "euler".
         path: "linear" or "vp", as in `flow_elbo`.
-
-    Returns:
-        action (B, A), differentiable.
-
-    Raises:
-        ValueError: wrong shapes, num_steps < 1, unknown method or path. TypeError: wrong types.
+    Returns: action (B, A), differentiable.
+    Raises: ValueError: wrong shapes, num_steps < 1, unknown method or path. TypeError: wrong types.
     """
     _check_solver(noise, num_steps, method, path)
     x = noise
@@ -443,14 +413,9 @@ def dipod_loss(
         weight: (B,) >= 0 or None; every mean over samples becomes sum(w*x)/sum(w). Completion lengths for length
             weighting, 0 for steps that must not count.
         max_log_ratio: the log ratio is capped here from above, with a straight-through gradient, so that exp is finite.
-
-    Returns:
-        loss, 0-d; info, detached 0-d tensors "policy_loss", "elbo", "ratio", "clip_fraction" (share of ratios that are
+    Returns: loss, 0-d; info, detached 0-d tensors "policy_loss", "elbo", "ratio", "clip_fraction" (share of ratios that are
         farther than clip from 1).
-
-    Raises:
-        ValueError: wrong shapes, clip <= 0, unknown trust_region, bad weights (on the CPU). TypeError: wrong types.
-
+    Raises: ValueError: wrong shapes, clip <= 0, unknown trust_region, bad weights (on the CPU). TypeError: wrong types.
     Source: arXiv 2606.13795 Algorithm 2; FPO (2507.21053); SPO and ASPO as in FPO++ (2602.02481).
     """
     shape = "BN" if isinstance(elbo, Tensor) and elbo.dim() == 2 else "B"
@@ -488,13 +453,8 @@ def spg_loss(
         beta: >= 0, as in `dipod_loss`.
         mix: in [0, 1].
         weight: (B,) or None, as in `dipod_loss`.
-
-    Returns:
-        loss, 0-d; info, detached 0-d tensors "policy_loss", "elbo", "eubo".
-
-    Raises:
-        ValueError: wrong shapes, beta < 0, mix outside [0, 1], bad weights (on the CPU). TypeError: wrong types.
-
+    Returns: loss, 0-d; info, detached 0-d tensors "policy_loss", "elbo", "eubo".
+    Raises: ValueError: wrong shapes, beta < 0, mix outside [0, 1], bad weights (on the CPU). TypeError: wrong types.
     Source: SPG (arXiv 2510.09541) with arXiv 2606.13795 Algorithm 2.
     """
     shape = "BN" if isinstance(elbo, Tensor) and elbo.dim() == 2 else "B"
@@ -515,13 +475,8 @@ def group_advantages(rewards: Tensor, normalize: bool = True) -> Tensor:
     Args:
         rewards: (P, G) float, G >= 2 samples of each of P prompts.
         normalize: divide by the group's unbiased standard deviation (torch's default).
-
-    Returns:
-        (P, G); exactly 0 in a group of equal rewards, which teaches nothing.
-
-    Raises:
-        ValueError: wrong shape or G < 2. TypeError: wrong type.
-
+    Returns: (P, G); exactly 0 in a group of equal rewards, which teaches nothing.
+    Raises: ValueError: wrong shape or G < 2. TypeError: wrong type.
     Source: GRPO (arXiv 2402.03300).
     """
     _check(rewards=(rewards, "PG", "float"))
@@ -550,12 +505,8 @@ def exact_likelihood(
         maskable: (B, T) bool, 1 <= L <= 14 tokens in each row; rows may differ in L.
         mask_id: the mask token.
         batch_size: contexts in one forward pass.
-
-    Returns:
-        log_prob (B,) and elbo (B,), nats.
-
-    Raises:
-        ValueError: wrong shapes, an empty row, L > 14. TypeError: wrong types.
+    Returns: log_prob (B,) and elbo (B,), nats.
+    Raises: ValueError: wrong shapes, an empty row, L > 14. TypeError: wrong types.
     """
     _check(tokens=(tokens, "BT", "int"), maskable=(maskable, "BT", "bool"))
     _check_number("mask_id", mask_id, 0, integer=True)
@@ -613,12 +564,8 @@ def flow_log_prob(
             whitened; the score then includes that graph.
         return_invertible: also return which samples had det > 0 in every step. Elsewhere the map folds over: another
             noise leads to the same action, and log_prob, which leaves it out, is not to be trusted.
-
-    Returns:
-        action (B, A), detached; log_prob (B,) nats; invertible (B,) bool if asked for.
-
-    Raises:
-        ValueError: wrong shapes, num_steps < 1, unknown method or path. TypeError: wrong types.
+    Returns: action (B, A), detached; log_prob (B,) nats; invertible (B,) bool if asked for.
+    Raises: ValueError: wrong shapes, num_steps < 1, unknown method or path. TypeError: wrong types.
     """
     _check_solver(noise, num_steps, method, path)
     times = [1 - i / num_steps for i in range(num_steps)]
@@ -657,13 +604,8 @@ def flow_bound(velocity, action: Tensor, draws: FlowDraws, path: str = "linear",
         velocity, action (B, A), draws, path: as in `flow_elbo`.
         min_time: the integral starts here. It converges at 0 only if velocity = v0 there (for "vp" an output that vanishes
             like sin(tau)); else truncate, and say so.
-
-    Returns:
-        (B, N) nats.
-
-    Raises:
-        As `flow_elbo`; ValueError for min_time outside [0, 1].
-
+    Returns: (B, N) nats.
+    Raises: As `flow_elbo`; ValueError for min_time outside [0, 1].
     Source: VDM (arXiv 2107.00630) eq. 11-15, written for a velocity.
     """
     _check_flow(action, draws, path)
@@ -683,13 +625,8 @@ def alignment(proxy: Tensor, true: Tensor, parameters) -> Tensor:
     Args:
         proxy, true: 0-d tensors with a graph, for instance mean(A * elbo) and mean(A * log_prob). The graph is kept.
         parameters: iterable of tensors that require a gradient.
-
-    Returns:
-        0-d tensor, detached.
-
-    Raises:
-        ValueError: not 0-d, or no parameters. TypeError: wrong types.
-
+    Returns: 0-d tensor, detached.
+    Raises: ValueError: not 0-d, or no parameters. TypeError: wrong types.
     Source: arXiv 2606.13795, second drift.
     """
     _check(proxy=(proxy, "", "float"), true=(true, "", "float"))
@@ -723,13 +660,9 @@ def two_token(
         steps: updates.
         lr: step size.
         rewards: of AA, AB, BA, BB.
-
-    Returns:
-        dict of (steps+1,) float64 tensors, before each update and after the last: "gap_AA" and "gap" (mean under pi) in
+    Returns: dict of (steps+1,) float64 tensors, before each update and after the last: "gap_AA" and "gap" (mean under pi) in
         nats, "alignment" of E_pi[A grad elbo] with E_pi[A grad log_prob], "reward" (expected).
-
-    Raises:
-        ValueError: beta < 0, steps < 0, lr <= 0 or not four rewards. TypeError: wrong types.
+    Raises: ValueError: beta < 0, steps < 0, lr <= 0 or not four rewards. TypeError: wrong types.
     """
     _check_number("beta", beta, 0)
     _check_number("steps", steps, 0, integer=True)
@@ -774,38 +707,30 @@ COLORS |= {"spg": "#E69F00", "spg-dipod": "#56B4E9", "d1": "#F0E442"}
 def task_parser(doc: str, methods, default, steps: int, unit: str, out: str) -> argparse.ArgumentParser:
     """The flags that both tasks have; `unit` says what --steps counts."""
     summary, _, usage = doc.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=summary,
-        epilog=usage,
-        formatter_class=type("", (_Defaults, argparse.RawDescriptionHelpFormatter), {}),
-    )
-    parser.add_argument("--methods", nargs="+", choices=methods, default=default, metavar="M", help=", ".join(methods))
+    known = f"of {', '.join(methods)} (default: {' '.join(default)})"
+    parser = argparse.ArgumentParser(description=summary, epilog=usage, formatter_class=_Defaults)
+    parser.add_argument("--methods", nargs="+", choices=methods, default=default, metavar="M", help=known)
     parser.add_argument("--seeds", type=_at_least(1), default=1, metavar="N", help="run seeds 0..N-1")
     parser.add_argument("--first-seed", type=_at_least(0), default=0, metavar="S", help="run S..S+N-1 instead")
-    parser.add_argument(
-        "--jobs", type=_at_least(1), default=os.cpu_count(), help="parallel processes, 1 torch thread each"
-    )
+    parser.add_argument("--jobs", type=_at_least(1), default=os.cpu_count(), help="processes, one torch thread each")
     parser.add_argument("--steps", type=_at_least(1), default=steps, help=f"{unit} of each run")
     parser.add_argument("--beta", type=_positive, help="weight of the on-policy ELBO; default: the method's own")
-    parser.add_argument(
-        "--clip", type=_positive, help="half-width of the ratio's trust region; default: the method's own"
-    )
+    parser.add_argument("--clip", type=_positive, help="half-width of the trust region; default: the method's own")
     parser.add_argument("--lr", type=_positive, help="learning rate; default: the method's own")
     parser.add_argument("--out", type=Path, default=Path(out), metavar="DIR", help="tables, figure and checkpoints")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out")
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: cuda if there is one"
-    )
+    devices = ("auto", "cpu", "cuda", "mps")
+    parser.add_argument("--device", choices=devices, default="auto", help="auto: cuda if there is one, else cpu")
     parser.add_argument("--rows", type=_at_least(1), default=30, help="progress lines and metrics rows of each run")
     parser.add_argument("--no-drift", action="store_true", help="do not measure gap and alignment while training")
     return parser
 
 
-class _Defaults(argparse.HelpFormatter):
+class _Defaults(argparse.RawDescriptionHelpFormatter):
     """Shows a default where there is one to show."""
 
     def _get_help_string(self, action):
-        plain = action.default in (None, False, argparse.SUPPRESS)
+        plain = action.default in (None, False, argparse.SUPPRESS) or isinstance(action.default, list)
         return action.help + ("" if plain else " (default: %(default)s)")
 
 
@@ -905,7 +830,10 @@ def launch(train: Callable, args: argparse.Namespace, columns: list[str]) -> lis
             path.unlink(missing_ok=True)
 
     def write() -> list[dict]:  # from the checkpoints, which hold every row that was reported, once
-        rows = [row for path in saved.values() if path.exists() for row in load_checkpoint(path)["rows"]]
+        paths = list(saved.values())
+        if args.resume:  # also those of methods and seeds that this command does not run
+            paths += sorted(set(args.out.glob("*.pt")) - set(paths))
+        rows = [row for path in paths if path.exists() for row in load_checkpoint(path)["rows"]]
         write_csv(args.out / "metrics.csv", rows, columns)
         return rows
 
@@ -937,6 +865,7 @@ def launch(train: Callable, args: argparse.Namespace, columns: list[str]) -> lis
 def start_worker() -> None:
     """One torch thread, for small networks gain nothing from more; and no work on for a parent that was killed."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends the workers
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
@@ -968,12 +897,13 @@ def _mean(values) -> float:
 
 
 def summarise(rows: list[dict], score: str, last: float = 0.1) -> list[dict]:
-    """A line per method and seed: `score`'s mean over the last tenth of the steps, its peak; gap and alignment there."""
+    """A line per method and seed: means over the last tenth of the steps, `score`'s mean over all of them, its peak."""
     lines = []
     for method, seed in dict.fromkeys((row["method"], row["seed"]) for row in rows):
         run = [row for row in rows if (row["method"], row["seed"]) == (method, seed)]
         end = [row for row in run if row["step"] > (1 - last) * run[-1]["step"]]
         line = {"method": method, "seed": seed, f"final_{score}": _mean(row[score] for row in end)}
+        line["area"] = _mean(row[score] for row in run)
         line["peak"] = max((row[score] for row in run if not math.isnan(row[score])), default=math.nan)
         for name in ("gap", "alignment", *(k for k in run[0] if k.startswith("held_out"))):
             line[name] = _mean(row[name] for row in end)
@@ -1004,7 +934,7 @@ def draw_figure(rows: list[dict], panels: dict[str, str], path: Path, title: str
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.2), layout="constrained")
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.4 * len(panels), 2.9), layout="constrained")
     for axis, (column, label) in zip(axes, panels.items()):
         for method in dict.fromkeys(row["method"] for row in rows):
             by_step = {}
@@ -1013,9 +943,8 @@ def draw_figure(rows: list[dict], panels: dict[str, str], path: Path, title: str
                     by_step.setdefault(row["step"], []).append(row[column])
             steps, values = sorted(by_step), [by_step[s] for s in sorted(by_step)]
             axis.plot(steps, [_mean(v) for v in values], color=COLORS[method], label=method, linewidth=2)
-            axis.fill_between(
-                steps, [min(v) for v in values], [max(v) for v in values], color=COLORS[method], alpha=0.2
-            )
+            low, high = [min(v) for v in values], [max(v) for v in values]
+            axis.fill_between(steps, low, high, color=COLORS[method], alpha=0.2, linewidth=0)
         axis.set(xlabel="step", ylabel=label)
         axis.spines[["top", "right"]].set_visible(False)
     if column == "alignment":
@@ -1039,12 +968,8 @@ def finish(rows: list[dict], args: argparse.Namespace, score: str, panels: dict[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="The two-token diagnostic: both drifts, exactly (the paper's Figure 2)."
-    )
-    parser.add_argument(
-        "--plot", type=Path, metavar="FILE", help="draw gap and alignment over steps (needs matplotlib)"
-    )
+    parser = argparse.ArgumentParser(description="The two-token diagnostic: both drifts, exactly (paper, Figure 2).")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw gap and alignment over the updates")
     parser.add_argument("--report", type=Path, nargs="+", metavar="CSV", help="the table of metrics files, and leave")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="with --report: also the figure")
     parser.add_argument("--title", default="", help="with --figure")

@@ -119,6 +119,7 @@ class Model(nn.Module):
 
 def pretrain(args, steps: int = 2000) -> Path:
     """Trains the base model on random expressions whose stated target is right with probability 0.7; saves it."""
+    dipod.make_directory(args.out)
     torch.manual_seed(args.base_seed)
     device, length, started = dipod.pick_device(args.device), 2 * args.digits - 1, monotonic()
     model = Model(PROMPT + length).to(device)
@@ -340,7 +341,7 @@ def benchmark(args) -> None:
 
 
 def pretrain_nothing(args, model: Model) -> Path:
-    args.out.mkdir(parents=True, exist_ok=True)
+    dipod.make_directory(args.out)
     dipod.save_checkpoint(args.out / "untrained.pt", {"model": model.state_dict(), "digits": args.digits, "rows": []})
     return args.out / "untrained.pt"
 
@@ -364,7 +365,6 @@ def main() -> None:
     device = dipod.pick_device(args.device)
     if args.benchmark:
         return benchmark(args)
-    dipod.make_directory(args.out)
     if args.base is None and args.resume and (args.out / "base.pt").exists():
         args.base = args.out / "base.pt"
     torch.set_num_threads(1)

@@ -707,7 +707,7 @@ def test_control_end_to_end(tmp_path):
     assert {(r["method"], r["seed"]) for r in metrics} == set(itertools.product(("fpo", "dipod", "ppo"), (0, 1)))
     assert list(metrics[0]) == control_task.COLUMNS
     summary = (out / "summary.csv").read_text().splitlines()
-    assert len(summary) == 7 and summary[0].startswith("method,seed,final_return,peak,gap,alignment")
+    assert len(summary) == 7 and summary[0].startswith("method,seed,final_return,area,peak,gap,alignment")
     assert (out / "figure.png").read_bytes()[:4] == b"\x89PNG"
     assert "left 0:00" in done.stdout and "dipod" in done.stdout.splitlines()[-4]
     one, two = (run_task("control_task.py", "--eval", out / "dipod_1.pt") for _ in range(2))
