@@ -353,10 +353,12 @@ def train(method: str, seed: int, args) -> list[dict]:
     path = dipod.checkpoint_path(args.out, method, seed)
     if args.resume and path.exists():
         state = dipod.load_checkpoint(path, device)
+        if changed := [k for k, v in settings.items() if state.get("settings", {}).get(k) != v]:
+            dipod.fail(f"--resume: {path} was trained with other settings ({', '.join(changed)})")
         for name, part in (("policy", policy), ("value", value), ("optimizer", optimizer)):
             part.load_state_dict(state[name])
         statistics.load(state["statistics"])
-        torch.set_rng_state(state["rng"].cpu())
+        dipod.set_rng(state["rng"])
         watch.set_state(state["watch"].cpu())
         start, rows, wall = state["iteration"], state["rows"], state["wall"]
     obs, _ = envs.reset(seed=1000 * seed + start)
@@ -389,7 +391,7 @@ def train(method: str, seed: int, args) -> list[dict]:
             state = {"settings": settings, "statistics": statistics.state(), "iteration": iteration + 1, "rows": rows}
             state |= {"policy": policy.state_dict(), "value": value.state_dict(), "optimizer": optimizer.state_dict()}
             state |= {
-                "rng": torch.get_rng_state(),
+                "rng": dipod.get_rng(),
                 "watch": watch.get_state(),
                 "wall": now,
                 "skipped": start / iterations,

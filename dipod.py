@@ -182,7 +182,8 @@ def masked_elbo(model, tokens: Tensor, draws: MaskDraws, mask_id: int) -> Tensor
     Source: LLaDA (arXiv 2502.09992) eq. 6; the paper's ELBO for masked diffusion.
     """
     _check_masked(tokens, draws, mask_id)
-    return draws.weight * _masked_log_prob(model, tokens, draws.mask, mask_id).sum(-1)
+    mask, weight = draws
+    return weight * _masked_log_prob(model, tokens, mask, mask_id).sum(-1)
 
 
 def masked_bounds(model, tokens: Tensor, draws: MaskDraws, mask_id: int, power: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -326,10 +327,10 @@ def flow_elbo(velocity, action: Tensor, draws: FlowDraws, path: str = "linear") 
     Source: FPO (arXiv 2507.21053) eq. 8-9.
     """
     _check_flow(action, draws, path)
-    alpha, sigma, d_alpha, d_sigma = _flow_path(draws.time, path)
-    x = alpha * action[:, None] + sigma * draws.noise
-    target = d_alpha * action[:, None] + d_sigma * draws.noise
-    error = _at_least_float32(_call(velocity, x, draws.time)) - _at_least_float32(target)
+    time, noise = draws
+    alpha, sigma, d_alpha, d_sigma = _flow_path(time, path)
+    x, target = alpha * action[:, None] + sigma * noise, d_alpha * action[:, None] + d_sigma * noise
+    error = _at_least_float32(_call(velocity, x, time)) - _at_least_float32(target)
     return -error.square().mean(-1)
 
 
@@ -610,9 +611,9 @@ def flow_bound(velocity, action: Tensor, draws: FlowDraws, path: str = "linear",
     """
     _check_flow(action, draws, path)
     _check_number("min_time", min_time, 0, 1)
-    time = min_time + (1 - min_time) * draws.time
+    time, noise = min_time + (1 - min_time) * draws[0], draws[1]
     alpha, sigma, d_alpha, d_sigma = _flow_path(time, path)
-    x, u = alpha * action[:, None] + sigma * draws.noise, d_alpha * action[:, None] + d_sigma * draws.noise
+    x, u = alpha * action[:, None] + sigma * noise, d_alpha * action[:, None] + d_sigma * noise
     v, v0 = _call(velocity, x, time), (alpha * d_alpha + sigma * d_sigma) / (alpha**2 + sigma**2) * x
     integrand = alpha / sigma * ((v - v0) * (v + v0 - 2 * u)).sum(-1, keepdim=True)
     log_normal = -0.5 * (action.square() + math.log(2 * math.pi)).sum(-1)
@@ -790,6 +791,17 @@ def load_checkpoint(path: Path, device="cpu") -> dict:
         return state if "rows" in state else fail(f"{path}: not a checkpoint of this project")
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as e:
         fail(f"{path}: not a readable checkpoint ({type(e).__name__})")
+
+
+def get_rng() -> list[Tensor]:
+    """State of the global generators, for a checkpoint."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
+
+
+def set_rng(states: list[Tensor]) -> None:
+    torch.set_rng_state(states[0].cpu())
+    if len(states) > 1:
+        torch.cuda.set_rng_state_all([state.cpu() for state in states[1:]])
 
 
 def report(args: argparse.Namespace, row: dict, state: dict, started: float, done: float) -> None:

@@ -44,11 +44,11 @@ SAMPLES, DRAWS, CLIP = (
 # self-distillation, so that all methods have the same numbers of samples and updates.
 METHODS = {
     "fpo": {"loss": "ratio", "score": "elbo", "beta": 0.0},
-    "dipod": {"loss": "ratio", "score": "elbo", "beta": 0.1},
+    "dipod": {"loss": "ratio", "score": "elbo", "beta": 0.3},
     "positives": {"loss": "ratio", "score": "elbo", "beta": 0.0, "positives": True},
     "interleave": {"loss": "ratio", "score": "elbo", "beta": 0.0, "interleave": True},
     "spg": {"loss": "spg", "mix": 0.5, "beta": 0.0},
-    "spg-dipod": {"loss": "spg", "mix": 0.5, "beta": 0.1},
+    "spg-dipod": {"loss": "spg", "mix": 0.5, "beta": 0.3},
     "reinforce": {"loss": "spg", "mix": 0.0, "beta": 0.0},
     "exact": {"loss": "ratio", "score": "exact", "beta": 0.0},
     "d1": {"loss": "ratio", "score": "one_step", "beta": 0.0},
@@ -207,7 +207,7 @@ def train(method: str, seed: int, args) -> list[dict]:
         state = dipod.load_checkpoint(path, device)
         for name, part in (("model", model), ("optimizer", optimizer), ("decay", decay)):
             part.load_state_dict(state[name])
-        torch.set_rng_state(state["rng"].cpu())
+        dipod.set_rng(state["rng"])
         watch.set_state(state["watch"].cpu())
         start, rows, wall = state["iteration"], state["rows"], state["wall"]
     every, seen, equal, infos = max(1, args.steps // args.rows), [], [], []
@@ -260,7 +260,7 @@ def train(method: str, seed: int, args) -> list[dict]:
             seen, equal, infos = [], [], []
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "decay": decay.state_dict()}
             state |= {"digits": digits, "iteration": iteration + 1, "rows": rows, "wall": now}
-            state |= {"rng": torch.get_rng_state(), "watch": watch.get_state(), "skipped": start / args.steps}
+            state |= {"rng": dipod.get_rng(), "watch": watch.get_state(), "skipped": start / args.steps}
             dipod.report(args, rows[-1], state, started, (iteration + 1) / args.steps)
     return rows
 
@@ -361,6 +361,7 @@ def main() -> None:
     )
     parser.add_argument("--check", action="store_true", help="compare the sampler with exact likelihoods and leave")
     parser.add_argument("--benchmark", action="store_true", help="measure speed and leave")
+    parser.set_defaults(rows=15)  # the exact likelihoods of a row cost as much as 20 iterations
     args = parser.parse_args()
     device = dipod.pick_device(args.device)
     if args.benchmark:
