@@ -92,7 +92,7 @@ def _at_least_float32(x: Tensor) -> Tensor:
 
 
 # 1. Masked diffusion (discrete): a completion of L tokens, revealed one random position at a time. -----------------------
-# Paper, section 2 (preliminaries); LLaDA (arXiv 2502.09992), eq. 3-6. The ELBO masks k of the L tokens, k uniform on 1..L,
+# The paper's preliminaries; LLaDA (arXiv 2502.09992). The ELBO masks k of the L tokens, k uniform on 1..L,
 # and weights the masked log-probabilities by L/k. That is the bound of the sampler below, which unmasks one at a time.
 
 
@@ -179,7 +179,7 @@ def masked_elbo(model, tokens: Tensor, draws: MaskDraws, mask_id: int) -> Tensor
         mask_id: the mask token.
     Returns: (B, N) nats per sequence (not per token); the mean over draws estimates the ELBO, at least float32.
     Raises: ValueError: wrong shapes, or (on the CPU) a scored token outside 0..V-1. TypeError: wrong types.
-    Source: LLaDA (arXiv 2502.09992) eq. 6; the paper's ELBO for masked diffusion.
+    Source: LLaDA (arXiv 2502.09992), the form of its bound with L/k.
     """
     _check_masked(tokens, draws, mask_id)
     mask, weight = draws
@@ -247,7 +247,7 @@ def sample_masked(
 
 
 # 2. Flow policy (continuous): an ODE carries noise at t = 1 to the action at t = 0. ----------------------------------------
-# Paper, section 2; FPO (arXiv 2507.21053), eq. 6-9. The linear path is FPO's; the variance-preserving one ("vp") has the
+# The paper's preliminaries; FPO (arXiv 2507.21053). The linear path is FPO's; the variance-preserving one ("vp") has the
 # exact velocity 0 for a standard normal, so that a zero network starts with a tight bound. `time` is always in [0, 1]; the
 # path's own clock runs over `_SPAN`, and a velocity is a derivative by that clock.
 
@@ -324,7 +324,7 @@ def flow_elbo(velocity, action: Tensor, draws: FlowDraws, path: str = "linear") 
         path: "linear" or "vp".
     Returns: (B, N), minus the mean over action dimensions of the squared error; higher is better, at least float32.
     Raises: ValueError: wrong shapes, unknown path, or a velocity of another shape. TypeError: wrong types.
-    Source: FPO (arXiv 2507.21053) eq. 8-9.
+    Source: FPO (arXiv 2507.21053).
     """
     _check_flow(action, draws, path)
     time, noise = draws
@@ -373,7 +373,7 @@ def flow_sample(velocity, noise: Tensor, num_steps: int, method: str = "midpoint
 
 
 # 3. Policy gradient on the ELBO, and DiPOD. --------------------------------------------------------------------------------
-# Paper, section 4 and Algorithm 2. FPO puts exp(elbo - old_elbo) where PPO (arXiv 1707.06347) has the likelihood ratio.
+# The paper's method, Algorithms 1 and 2. FPO puts exp(elbo - old_elbo) where PPO (arXiv 1707.06347) has the likelihood ratio.
 # Before the first update (ratio 1, nothing clipped) Algorithm 2's gradient is E[(A + beta) grad elbo]: DiPOD is then an
 # advantage shifted by beta. Algorithm 1, which interleaves self-distillation, is `beta * elbo` alone on fresh samples.
 
@@ -489,7 +489,7 @@ def group_advantages(rewards: Tensor, normalize: bool = True) -> Tensor:
 
 
 # 4. Measuring the drift: exact likelihoods, the gap, and the alignment of proxy and true gradient. ----------------------------
-# Paper, section 3 (double drift). Exact, so small: 2^L contexts of a completion, A x A Jacobians of an action.
+# The paper's double drift. Exact, so small: 2^L contexts of a completion, A x A Jacobians of an action.
 
 
 def exact_likelihood(
@@ -571,21 +571,22 @@ def flow_log_prob(
     _check_solver(noise, num_steps, method, path)
     times = [1 - i / num_steps for i in range(num_steps)]
 
-    def jacobian(x, time):  # (B, A, A), rows do not interact, so that A vector-Jacobian products serve the whole batch
-        return torch.func.jacrev(lambda y: _solver_step(velocity, y, time, num_steps, method, path).sum(0))(x).movedim(
-            1, 0
-        )
+    def step(x, time):
+        return _solver_step(velocity, x, time, num_steps, method, path)
+
+    def jacobian(x, time):  # (B, A, A); rows do not interact, so A vector-Jacobian products serve the whole batch
+        return torch.func.jacrev(lambda y: step(y, time).sum(0))(x).movedim(1, 0)
 
     points = [noise.detach()]
     with torch.no_grad():
         for time in times:
-            points.append(_solver_step(velocity, points[-1], time, num_steps, method, path))
+            points.append(step(points[-1], time))
     y, log_det, invertible = points[-1], 0.0, torch.ones_like(noise[:, 0], dtype=torch.bool)
     if action is not None:
         _check(noise=(noise, "BA", "float"), action=(action, "BA", "float"))
         y = y + (action - action.detach())
     for x, time in zip(reversed(points[:-1]), reversed(times)):
-        error = _solver_step(velocity, x, time, num_steps, method, path) - y  # value 0
+        error = step(x, time) - y  # value 0
         y = x - torch.linalg.solve_ex(jacobian(x, time).detach(), error[..., None])[0][..., 0]
         sign, log_abs_det = torch.linalg.slogdet(jacobian(y, time))
         log_det, invertible = log_det + log_abs_det, invertible & (sign > 0)
@@ -607,7 +608,7 @@ def flow_bound(velocity, action: Tensor, draws: FlowDraws, path: str = "linear",
             like sin(tau)); else truncate, and say so.
     Returns: (B, N) nats.
     Raises: As `flow_elbo`; ValueError for min_time outside [0, 1].
-    Source: VDM (arXiv 2107.00630) eq. 11-15, written for a velocity.
+    Source: the variational bound of VDM (arXiv 2107.00630), written for a velocity.
     """
     _check_flow(action, draws, path)
     _check_number("min_time", min_time, 0, 1)
@@ -615,7 +616,8 @@ def flow_bound(velocity, action: Tensor, draws: FlowDraws, path: str = "linear",
     alpha, sigma, d_alpha, d_sigma = _flow_path(time, path)
     x, u = alpha * action[:, None] + sigma * noise, d_alpha * action[:, None] + d_sigma * noise
     v, v0 = _call(velocity, x, time), (alpha * d_alpha + sigma * d_sigma) / (alpha**2 + sigma**2) * x
-    integrand = alpha / sigma * ((v - v0) * (v + v0 - 2 * u)).sum(-1, keepdim=True)
+    weight = alpha / sigma.clamp(min=torch.finfo(sigma.dtype).tiny)  # at sigma = 0 the rest is 0, or the bound diverges
+    integrand = weight * ((v - v0) * (v + v0 - 2 * u)).sum(-1, keepdim=True)
     log_normal = -0.5 * (action.square() + math.log(2 * math.pi)).sum(-1)
     return log_normal[:, None] - (1 - min_time) * _SPAN[path] * integrand[..., 0]
 
@@ -636,17 +638,15 @@ def alignment(proxy: Tensor, true: Tensor, parameters) -> Tensor:
         raise ValueError("parameters: expected at least one tensor, got none")
 
     def flat_gradient(y):
-        gradients = torch.autograd.grad(y, parameters, retain_graph=True, allow_unused=True)
-        return torch.cat(
-            [torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(parameters, gradients)]
-        )
+        gradients = torch.autograd.grad(y, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
+        return torch.cat([g.flatten() for g in gradients])
 
     a, b = flat_gradient(proxy), flat_gradient(true)
     return (a @ b) / (a.norm() * b.norm())
 
 
 # 5. The two-token example: both drifts, exactly. -------------------------------------------------------------------------------
-# Paper, the controlled diagnostic and Figure 2.
+# The paper's controlled diagnostic, its Figure 2.
 
 
 def two_token(
