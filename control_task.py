@@ -76,8 +76,8 @@ class GaussianPolicy(nn.Module):
     def whiten(self, obs: Tensor, action: Tensor) -> Tensor:
         return (action - self.mean(obs)) * (-self.log_std).exp()
 
-    def elbo(self, obs: Tensor, action: Tensor, draws: FlowDraws) -> Tensor:
-        """(B, 1): the log-likelihood itself, in nats."""
+    def forward(self, obs: Tensor, action: Tensor, draws: FlowDraws) -> Tensor:
+        """The ELBO (B, 1): the log-likelihood itself, in nats."""
         z = self.whiten(obs, action)
         return (-0.5 * z.square() - self.log_std - 0.5 * math.log(2 * math.pi)).sum(-1, keepdim=True)
 
@@ -137,8 +137,8 @@ class FlowPolicy(nn.Module):
         z = flow_sample(self.velocity(obs, in_solver=True), noise, **self.solver)
         return self.head.act(obs, z) if self.head else z
 
-    def elbo(self, obs: Tensor, action: Tensor, draws: FlowDraws) -> Tensor:
-        """(B, N): linear, minus the CFM loss; whitened, the ELBO up to a constant, with the Gaussian's score at the start."""
+    def forward(self, obs: Tensor, action: Tensor, draws: FlowDraws) -> Tensor:
+        """The ELBO (B, N): linear, minus the CFM loss; whitened, up to a constant, at first with the Gaussian's score."""
         if self.path == "linear":
             draws = draws._replace(time=MIN_TIME + (1 - 2 * MIN_TIME) * draws.time)
             return flow_elbo(self.velocity(obs), action, draws)
@@ -193,13 +193,13 @@ class Statistics:
         return torch.as_tensor(z.clip(-10, 10), dtype=torch.float32).to(device)
 
     def update(self, raw_obs: np.ndarray, rewards: np.ndarray, done: np.ndarray) -> None:
-        self.obs.update(raw_obs.reshape(-1, raw_obs.shape[-1]))
+        self.obs.update_from_moments(*moments(raw_obs.reshape(-1, raw_obs.shape[-1])))
         returns = np.empty_like(rewards)
         for t in range(len(rewards)):
             self.running = self.running * GAMMA + rewards[t]
             returns[t] = self.running
             self.running = self.running * ~done[t]
-        self.returns.update(returns.flatten())
+        self.returns.update_from_moments(*moments(returns.flatten()))
 
     def scale(self, rewards: np.ndarray) -> np.ndarray:
         return rewards / np.sqrt(self.returns.var + 1e-8)
@@ -211,6 +211,23 @@ class Statistics:
     def load(self, state: dict) -> None:
         for target, (mean, var, count) in ((self.obs, state["obs"]), (self.returns, state["returns"])):
             target.mean, target.var, target.count = mean.cpu().numpy(), var.cpu().numpy(), count
+
+
+def moments(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+    """Mean, variance and number of the rows of x, over all processes."""
+    mean, var, size = x.mean(0), x.var(0), dipod.world()[1]
+    if size > 1:
+        mean, square = dipod.world_mean(torch.as_tensor(np.stack((mean, var + mean**2)))).numpy()
+        var = square - mean**2
+    return mean, var, size * len(x)
+
+
+def normalize(advantages: Tensor) -> Tensor:
+    """Mean 0 and standard deviation 1 over the minibatches of all processes."""
+    if (size := dipod.world()[1]) == 1:
+        return (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    centred, count = advantages - dipod.world_mean(advantages.mean()), size * len(advantages)
+    return centred / ((dipod.world_mean(centred.square().mean()) * count / (count - 1)).sqrt() + 1e-8)
 
 
 def gae(rewards, values, next_values, terminated, done, gamma=GAMMA, lam=LAMBDA) -> Tensor:
@@ -266,7 +283,7 @@ def drift(policy: FlowPolicy, batch: dict, generator: torch.Generator, samples: 
     obs, noise, action, advantages = (batch[k][some] for k in ("obs", "noise", "action", "advantages"))
     draws, parameters = draw_flow(action, 16, generator), list(policy.parameters())
     log_prob, bound, invertible = policy.nats(obs, noise, action, draws)
-    proxy, true = policy.elbo(obs, action, draws).mean(1), torch.where(invertible, log_prob, 0.0)
+    proxy, true = policy(obs, action, draws).mean(1), torch.where(invertible, log_prob, 0.0)
     advantages = (advantages - advantages.mean()) * invertible
     weighted, half, count = advantages * true, len(some) // 2, invertible.sum()
     return {
@@ -284,8 +301,9 @@ def build(method: str, seed: int, args) -> tuple:
     settings = POLICIES[kind] | METHODS[method]
     settings |= {k: v for k in ("lr", "clip", "draws") if (v := getattr(args, k)) is not None}
     settings["beta"] = settings["beta"] if args.beta is None or settings["beta"] == 0 else args.beta
+    settings["minibatch"] = dipod.share_of("minibatch", settings["minibatch"])
     torch.manual_seed(seed)
-    envs = make_envs(args.env, args.num_envs)
+    envs = make_envs(args.env, dipod.share_of("--num-envs", args.num_envs))
     obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     settings |= {"method": method, "seed": seed, "env": args.env, "policy": kind, "head": not args.no_head}
     settings |= {"obs_dim": obs_dim, "action_dim": action_dim, "flow_steps": args.flow_steps, "solver": args.solver}
@@ -310,21 +328,22 @@ def update(policy, value, optimizer, batch: dict, settings: dict) -> dict[str, f
     obs, action, advantages, returns = (batch[k] for k in ("obs", "action", "advantages", "returns"))
     draws = draw_flow(action, settings["draws"])
     with torch.no_grad():
-        old_elbo = policy.elbo(obs, action, draws)  # (B, N), once per rollout, and the same draws in every epoch
+        old_elbo = policy(obs, action, draws)  # (B, N), once per rollout, and the same draws in every epoch
     infos, norms, columns = [], [], (obs, action, *draws, old_elbo, advantages, returns)
     for _ in range(settings["epochs"]):
         order = torch.randperm(len(obs), device=obs.device)
         for x, a, t, eps, old, adv, ret in zip(*(c[order].split(settings["minibatch"]) for c in columns)):
-            elbo = policy.elbo(x, a, FlowDraws(t, eps))
+            elbo = policy(x, a, FlowDraws(t, eps))
             if not settings["per_draw"]:
                 elbo, old = elbo.mean(1), old.mean(1)
-            adv = (adv - adv.mean()) / (adv.std() + 1e-8)
-            loss, info = dipod_loss(elbo, old, adv, settings["beta"], settings["clip"], settings["trust_region"])
+            loss, info = dipod_loss(
+                elbo, old, normalize(adv), settings["beta"], settings["clip"], settings["trust_region"]
+            )
             value_loss = nn.functional.mse_loss(value(x)[:, 0], ret)
             norms.append(step_optimizer(optimizer, loss + value_loss, policy, value))
             infos.append(torch.stack([info[k] for k in ("elbo", "ratio", "clip_fraction")]))
     check_finite(norms)
-    return dict(zip(("elbo", "ratio", "clip_fraction"), torch.stack(infos).mean(0).tolist()))
+    return dict(zip(("elbo", "ratio", "clip_fraction"), dipod.world_mean(torch.stack(infos).mean(0)).tolist()))
 
 
 def check_finite(norms: list[Tensor]) -> None:
@@ -332,15 +351,15 @@ def check_finite(norms: list[Tensor]) -> None:
         raise FloatingPointError("non-finite gradient")
 
 
-def self_distill(policy, optimizer, obs: Tensor, settings: dict, updates: int) -> None:
-    """Algorithm 1's other half: maximise the ELBO of freshly sampled actions. # [DiPOD]"""
+def self_distill(policy, net, optimizer, obs: Tensor, settings: dict, updates: int) -> None:
+    """Algorithm 1's other half: maximise the ELBO of freshly sampled actions. [DiPOD]"""
     norms = []
     for _ in range(updates):
         x = obs[torch.randint(len(obs), (settings["minibatch"],), device=obs.device)]
         with torch.no_grad():
             action = policy.act(x, torch.randn(len(x), settings["action_dim"], device=x.device))
-        elbo = policy.elbo(x, action, draw_flow(action, settings["draws"]))
-        norms.append(step_optimizer(optimizer, -elbo.mean(), policy))
+        elbo = net(x, action, draw_flow(action, settings["draws"]))
+        norms.append(step_optimizer(optimizer, -elbo.mean(), net))
     check_finite(norms)
 
 
@@ -348,7 +367,8 @@ def train(method: str, seed: int, args) -> list[dict]:
     """One run; its rows of metrics.csv. Resumes from the run's checkpoint if args.resume (episodes start anew)."""
     settings, envs, policy, value, optimizer = build(method, seed, args)
     device, started, wall, rows, start = next(value.parameters()).device, monotonic(), 0.0, [], 0
-    statistics = Statistics(settings["obs_dim"], args.num_envs)
+    rank, nets = dipod.world()[0], (dipod.parallel(policy), dipod.parallel(value))
+    statistics = Statistics(settings["obs_dim"], envs.num_envs)
     watch = torch.Generator(device).manual_seed(seed)  # diagnostics draw from their own
     path = dipod.checkpoint_path(args.out, method, seed)
     if args.resume and path.exists():
@@ -361,7 +381,9 @@ def train(method: str, seed: int, args) -> list[dict]:
         dipod.set_rng(state["rng"])
         watch.set_state(state["watch"].cpu())
         start, rows, wall = state["iteration"], state["rows"], state["wall"]
-    obs, _ = envs.reset(seed=1000 * seed + start)
+    if rank > 0:  # other noise than rank 0's, from the same weights
+        torch.manual_seed(seed + 1000 * (rank + start))
+    obs, _ = envs.reset(seed=1000 * seed + start + rank * envs.num_envs)
     size = ROLLOUT * args.num_envs
     iterations, episodes = max(2, math.ceil(args.steps / size)), []
     every = max(1, iterations // args.rows)
@@ -371,32 +393,27 @@ def train(method: str, seed: int, args) -> list[dict]:
         try:
             if iteration == 0:  # the first rollout fills the statistics: what the networks see would change under them
                 if settings.get("first"):
-                    self_distill(policy, optimizer, batch["obs"], settings, settings["first"])
+                    self_distill(policy, nets[0], optimizer, batch["obs"], settings, settings["first"])
                 continue
             due = iteration == iterations - 1 or iteration % every == 0
             measured = dict.fromkeys(("gap", "alignment", "noise_floor", "invalid", "entropy"), math.nan)
             if due and method != "ppo" and not args.no_drift:
                 measured |= drift(policy, batch, watch)
-            info = update(policy, value, optimizer, batch, settings)
+            info = update(*nets, optimizer, batch, settings)
             if settings.get("every") and iteration % settings["every"] == 0:
-                self_distill(policy, optimizer, batch["obs"], settings, settings["distill"])
+                self_distill(policy, nets[0], optimizer, batch["obs"], settings, settings["distill"])
         except FloatingPointError as e:
             raise FloatingPointError(f"{method} seed {seed} step {(iteration + 1) * size}: {e}; stopped") from None
         if due:
             now = wall + monotonic() - started
             row = {"method": method, "seed": seed, "step": (iteration + 1) * size, "wall": now} | measured | info
-            row["return"] = float(np.mean(episodes)) if episodes else math.nan
-            row, episodes = {k: row[k] for k in COLUMNS}, []
-            rows.append(row)
+            total, count = dipod.world_mean(torch.tensor([sum(episodes), len(episodes)], dtype=torch.float64)).tolist()
+            row["return"], episodes = total / count if count else math.nan, []
+            rows.append({k: row[k] for k in COLUMNS})
             state = {"settings": settings, "statistics": statistics.state(), "iteration": iteration + 1, "rows": rows}
             state |= {"policy": policy.state_dict(), "value": value.state_dict(), "optimizer": optimizer.state_dict()}
-            state |= {
-                "rng": dipod.get_rng(),
-                "watch": watch.get_state(),
-                "wall": now,
-                "skipped": start / iterations,
-            }
-            dipod.report(args, row, state, started, (iteration + 1) / iterations)
+            state |= {"rng": dipod.get_rng(), "watch": watch.get_state(), "wall": now, "skipped": start / iterations}
+            dipod.report(args, rows[-1], state, started, (iteration + 1) / iterations)
     envs.close()
     return rows
 
@@ -524,7 +541,7 @@ def main() -> None:
         evaluate(args.eval)
         return render(args.eval, args.render) if args.render else None
     make_envs(args.env, 1).close()  # a wrong name ends here, in one line, before any process starts
-    dipod.pick_device(args.device)
+    dipod.join_world(dipod.pick_device(args.device))
     if args.benchmark:
         return benchmark(args)
     print(

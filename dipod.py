@@ -759,8 +759,41 @@ def fail(message: str):
 def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     return torch.device(name) if available[name] else fail(f"--device {name}: this torch has no such device")
+
+
+def world() -> tuple[int, int]:
+    """Rank and number of processes under torchrun, else (0, 1)."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def join_world(device: torch.device) -> None:
+    """Under torchrun, joins the other processes: nccl on GPUs, gloo elsewhere."""
+    if world()[1] > 1:
+        torch.set_num_threads(1)
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
+def parallel(module: torch.nn.Module) -> torch.nn.Module:
+    """The module whose gradients are averaged over all processes: DistributedDataParallel under torchrun."""
+    return torch.nn.parallel.DistributedDataParallel(module) if world()[1] > 1 else module
+
+
+def world_mean(x: Tensor) -> Tensor:
+    """Mean over processes."""
+    if world()[1] > 1:
+        x = x.clone()
+        torch.distributed.all_reduce(x)
+    return x / world()[1]
+
+
+def share_of(name: str, total: int) -> int:
+    """This process's part of `total` prompts, environments or samples."""
+    size = world()[1]
+    return total // size if total % size == 0 else fail(f"{name} {total}: expected a multiple of {size} processes")
 
 
 def make_directory(path: Path) -> None:
@@ -809,14 +842,17 @@ def report(args: argparse.Namespace, row: dict, state: dict, started: float, don
 
     `started` is when this process began, `done` the share (0, 1] of the run behind it; state["rows"] holds all rows.
     """
+    if world()[0] > 0:
+        return
     save_checkpoint(checkpoint_path(args.out, row["method"], row["seed"]), state)
     with open(args.out / "metrics.csv", "a", newline="") as file:  # one write, appended whole
         file.write(",".join(_text(v) for v in row.values()) + "\r\n")
     elapsed, skipped = monotonic() - started, state["skipped"]
     left = elapsed * (1 - done) / max(done - skipped, 1e-9)
-    speed = (row["step"] - skipped * args.steps) / max(elapsed, 1e-9)
+    total = round(row["step"] / done)
+    speed = (row["step"] - skipped * total) / max(elapsed, 1e-9)
     shown = "  ".join(f"{k} {_short(v)}" for k, v in row.items() if k not in ("method", "seed", "step", "wall"))
-    name = f"{row['method']:<10} seed {row['seed']}  step {row['step']}/{args.steps}"
+    name = f"{row['method']:<10} seed {row['seed']}  step {row['step']}/{total}"
     print(f"{name}  {shown}  {speed:.0f} steps/s  left {int(left) // 60}:{int(left) % 60:02d}", flush=True)
 
 
@@ -831,14 +867,17 @@ def _short(value) -> str:
 def launch(train: Callable, args: argparse.Namespace, columns: list[str]) -> list[dict]:
     """Runs train(method, seed, args) -> rows for each method and seed, in parallel processes; writes metrics.csv.
 
+    Under torchrun the processes share each run instead, one run after the other, and rank 0 alone writes.
+
     A run that stops on FloatingPointError says so in a line, keeps its last checkpoint and makes the exit status 1; the
     others go on.
     """
     runs = [(method, seed) for seed in range(args.first_seed, args.first_seed + args.seeds) for method in args.methods]
     saved = {run: checkpoint_path(args.out, *run) for run in runs}
-    make_directory(args.out)
-    if not args.resume:
-        for path in saved.values():
+    rank, size = world()
+    if rank == 0:
+        make_directory(args.out)
+        for path in saved.values() if not args.resume else ():
             path.unlink(missing_ok=True)
 
     def write() -> list[dict]:  # from the checkpoints, which hold every row that was reported, once
@@ -849,7 +888,15 @@ def launch(train: Callable, args: argparse.Namespace, columns: list[str]) -> lis
         write_csv(args.out / "metrics.csv", rows, columns)
         return rows
 
-    write()
+    if rank == 0:
+        write()
+    if size > 1:
+        torch.distributed.barrier()
+        for run in runs:
+            train(*run, args)
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+        return write() if rank == 0 else sys.exit()
     failed = False
     spawn, jobs = multiprocessing.get_context("spawn"), min(args.jobs, len(runs))
     with ProcessPoolExecutor(jobs, spawn, start_worker) as pool:

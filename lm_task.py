@@ -196,6 +196,7 @@ def train(method: str, seed: int, args) -> list[dict]:
     torch.manual_seed(seed)
     watch = torch.Generator(device).manual_seed(seed)  # diagnostics draw from their own
     model, digits = load_model(args.base, device)
+    net, rank, own_prompts = dipod.parallel(model), dipod.world()[0], dipod.share_of("--prompts", args.prompts)
     settings = METHODS[method]
     beta = args.beta if args.beta is not None and settings["beta"] > 0 else settings["beta"]
     clip = CLIP if args.clip is None else args.clip
@@ -210,9 +211,11 @@ def train(method: str, seed: int, args) -> list[dict]:
         dipod.set_rng(state["rng"])
         watch.set_state(state["watch"].cpu())
         start, rows, wall = state["iteration"], state["rows"], state["wall"]
+    if rank > 0:  # other prompts and noise than rank 0's
+        torch.manual_seed(seed + 1000 * (rank + start))
     every, seen, equal, infos = max(1, args.steps // args.rows), [], [], []
     for iteration in range(start, args.steps):
-        chosen = targets[torch.randint(len(targets), (args.prompts,))]
+        chosen = targets[torch.randint(len(targets), (own_prompts,))]
         tokens, reward = sample_rewards(model, chosen, length, SAMPLES, device)
         maskable = torch.zeros_like(tokens, dtype=torch.bool)
         maskable[:, PROMPT:] = True
@@ -235,10 +238,10 @@ def train(method: str, seed: int, args) -> list[dict]:
                 old = score(model, settings["score"], tokens, maskable, draws)
         for _ in range(args.inner):
             if settings["loss"] == "ratio":
-                new = score(model, settings["score"], tokens, maskable, draws)
+                new = score(net, settings["score"], tokens, maskable, draws)
                 loss, info = dipod_loss(new, old, advantages, weight, clip)
             else:
-                elbo, eubo = masked_bounds(model, tokens, draws, MASK, power=1.5)
+                elbo, eubo = masked_bounds(net, tokens, draws, MASK, power=1.5)
                 loss, info = spg_loss(elbo, eubo, advantages, weight, settings["mix"])
             optimizer.zero_grad()
             loss.backward()
@@ -248,14 +251,17 @@ def train(method: str, seed: int, args) -> list[dict]:
             infos.append(torch.stack((info.get("ratio", nan), info.get("clip_fraction", nan), norm)))
         decay.step()
         if due:
-            ratio, clip_fraction, norm = torch.stack(infos).mean(0).tolist()
+            means = torch.cat(
+                (torch.stack(infos).mean(0), torch.stack((torch.stack(seen).mean(), torch.stack(equal).mean())))
+            )
+            ratio, clip_fraction, norm, mean_reward, equal_groups = dipod.world_mean(means).tolist()
             if not math.isfinite(norm):
                 raise FloatingPointError(f"{method} seed {seed} step {iteration + 1}: non-finite gradient; stopped")
             held_out = sample_rewards(model, unseen, length, 16, device, watch)[1].mean().item()
             now = wall + monotonic() - started
             row = {"method": method, "seed": seed, "step": iteration + 1, "held_out": held_out} | measured
-            row |= {"reward": torch.stack(seen).mean().item(), "equal_groups": torch.stack(equal).mean().item()}
-            row |= {"ratio": ratio, "clip_fraction": clip_fraction, "wall": now}
+            row |= {"reward": mean_reward, "equal_groups": equal_groups, "ratio": ratio}
+            row |= {"clip_fraction": clip_fraction, "wall": now}
             rows.append({k: row[k] for k in COLUMNS})
             seen, equal, infos = [], [], []
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "decay": decay.state_dict()}
@@ -369,7 +375,13 @@ def main() -> None:
     if args.base is None and args.resume and (args.out / "base.pt").exists():
         args.base = args.out / "base.pt"
     torch.set_num_threads(1)
-    args.base = args.base or pretrain(args)
+    dipod.join_world(device)
+    if args.base is None:
+        args.base = args.out / "base.pt"
+        if dipod.world()[0] == 0:
+            pretrain(args)
+        if dipod.world()[1] > 1:
+            torch.distributed.barrier()
     model, args.digits = load_model(args.base, device)
     if args.check:
         return check_sampler(args.base, device)

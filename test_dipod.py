@@ -619,7 +619,7 @@ def test_whitened_flow_starts_tight_with_the_gaussian_score(tmp_path):
     # the training ELBO's expectation has the Gaussian's score: a fine grid of times, antithetic noise of unit variance
     time = ((torch.arange(64) + 0.5) / 64).repeat_interleave(2)[None, :, None].expand(64, -1, -1)
     noise = torch.tensor([1.0, -1.0]).repeat(64)[None, :, None].expand(64, -1, 2)
-    elbo = policy.elbo(obs, action, FlowDraws(time, noise)).mean(1)
+    elbo = policy(obs, action, FlowDraws(time, noise)).mean(1)
     weights = torch.randn(64)
     for parameter in policy.head.parameters():
         ours = gradient((weights * elbo).sum(), parameter)
@@ -1215,3 +1215,80 @@ def test_frozen_parameters_get_no_gradient():
     elbo = dipod.flow_elbo(lambda x, t: frozen(x) + adapter(x), action, draws)
     dipod.dipod_loss(elbo, elbo.detach(), torch.randn(4))[0].backward()
     assert frozen.weight.grad is None and adapter.weight.grad.norm() > 0 and action.grad is None
+
+
+ONE_STEP = """
+import argparse, sys, torch
+import control_task, dipod, lm_task
+
+def control_step(rank, size):
+    args = argparse.Namespace(env="Reacher-v5", policy="whitened", no_head=False, flow_steps=2, solver="midpoint", num_envs=4)
+    vars(args).update(draws=2, lr=None, clip=None, beta=None, device="cpu")
+    control_task.POLICIES["whitened"]["minibatch"] = 64
+    settings, envs, policy, value, optimizer = control_task.build("dipod", 0, args)
+    torch.manual_seed(1)
+    batch = {"obs": torch.randn(64, settings["obs_dim"]), "action": torch.randn(64, settings["action_dim"])}
+    batch |= {"advantages": torch.randn(64), "returns": torch.randn(64)}
+    draws = dipod.draw_flow(batch["action"], 2)
+    mine = slice(64 // size * rank, 64 // size * (rank + 1))
+    control_task.draw_flow = lambda *_: dipod.FlowDraws(*(d[mine] for d in draws))
+    settings["epochs"] = 3
+    nets = dipod.parallel(policy), dipod.parallel(value)
+    control_task.update(*nets, optimizer, {k: v[mine] for k, v in batch.items()}, settings)
+    statistics = control_task.Statistics(settings["obs_dim"], 1)
+    statistics.obs.update_from_moments(*control_task.moments(batch["obs"][mine].numpy()))
+    moments = [torch.as_tensor(statistics.obs.mean), torch.as_tensor(statistics.obs.var)]
+    return [*policy.parameters(), *value.parameters(), *moments]
+
+def lm_step(rank, size):
+    torch.manual_seed(0)
+    model = lm_task.Model(8).double()
+    net, optimizer = dipod.parallel(model), torch.optim.AdamW(model.parameters(), 1e-3)
+    tokens, advantages = torch.randint(0, 13, (8, 8)), torch.randn(8).double()
+    maskable = torch.zeros_like(tokens, dtype=torch.bool)
+    maskable[:, 3:] = True
+    draws = dipod.draw_masks(maskable, 4)
+    mine = slice(8 // size * rank, 8 // size * (rank + 1))
+    draws = dipod.MaskDraws(*(d[mine] for d in draws))
+    with torch.no_grad():
+        old = dipod.masked_elbo(model, tokens[mine], draws, 13).mean(1)
+    for _ in range(3):
+        elbo = dipod.masked_elbo(net, tokens[mine], draws, 13).mean(1)
+        loss, _ = dipod.dipod_loss(elbo, old, advantages[mine], 0.3)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return list(model.parameters())
+
+rank, size = dipod.world()
+dipod.join_world(torch.device("cpu"))
+torch.set_num_threads(1)
+result = [x.detach().double() for x in control_step(rank, size) + lm_step(rank, size)]
+if rank == 0:
+    torch.save(result, sys.argv[1])
+"""
+
+
+def test_two_processes_with_half_the_batch_take_the_step_of_one(tmp_path):
+    script = tmp_path / "one_step.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(HERE)!r})\n{ONE_STEP}")
+    one = run_task(script, tmp_path / "one.pt")
+    assert one.returncode == 0, one.stderr
+    two = run_task("-m", "torch.distributed.run", "--nproc-per-node", 2, script, tmp_path / "two.pt")
+    assert two.returncode == 0, two.stderr
+    for a, b in zip(torch.load(tmp_path / "one.pt"), torch.load(tmp_path / "two.pt")):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def test_torchrun_trains_and_rank_0_alone_writes(base, tmp_path):
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", 2]
+    options = ["--methods", "dipod", "--rows", 2, "--out", tmp_path]
+    done = run_task(*launcher, "lm_task.py", "--base", base, "--steps", 2, "--prompts", 2, *options)
+    assert done.returncode == 0, done.stderr
+    assert len(dipod.read_csv([tmp_path / "metrics.csv"])) == 2 and done.stdout.count("written to") == 1
+    done = run_task(*launcher, "control_task.py", "--num-envs", 4, "--steps", 1536, *options)
+    assert done.returncode == 0, done.stderr
+    rows = dipod.read_csv([tmp_path / "metrics.csv"])
+    assert [row["step"] for row in rows] == [1024, 1536] and all(math.isfinite(row["gap"]) for row in rows)
+    done = run_task(*launcher, "control_task.py", "--num-envs", 3, *options)
+    assert done.returncode != 0 and "expected a multiple of 2 processes" in done.stderr
