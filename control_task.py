@@ -29,16 +29,16 @@ from dipod import FlowDraws, alignment, dipod_loss, draw_flow, flow_bound, flow_
 
 ROLLOUT, GAMMA, LAMBDA, MAX_GRAD_NORM, MIN_TIME = 128, 0.99, 0.95, 0.5, 0.005
 
-# `fpo` and `dipod` differ in beta alone, as do `fpo++` and `dipod++`. interleave: Algorithm 1, after every `every` rollouts
-# an epoch of self-distillation per `distill`; distill: self-distillation of the untrained flow, then fpo++.
+# `fpo` and `dipod` differ in beta alone, as do `fpo++` and `dipod++`. interleave is Algorithm 1: after every `every` rollouts
+# `distill` updates of self-distillation. distill: `first` such updates of the untrained flow, then fpo++.
 METHODS = {
     "ppo": {"beta": 0.0, "trust_region": "ppo", "per_draw": False},
     "fpo": {"beta": 0.0, "trust_region": "ppo", "per_draw": False},
     "dipod": {"beta": 0.3, "trust_region": "ppo", "per_draw": False},
     "fpo++": {"beta": 0.0, "trust_region": "aspo", "per_draw": True},
     "dipod++": {"beta": 0.3, "trust_region": "aspo", "per_draw": True},
-    "interleave": {"beta": 0.0, "trust_region": "ppo", "per_draw": False, "every": 1, "distill": 2},
-    "distill": {"beta": 0.0, "trust_region": "aspo", "per_draw": True, "first": 20},
+    "interleave": {"beta": 0.0, "trust_region": "ppo", "per_draw": False, "every": 1, "distill": 20},
+    "distill": {"beta": 0.0, "trust_region": "aspo", "per_draw": True, "first": 200},
 }
 # One configuration per policy for all environments, tuned on two of them with equal effort (README).
 POLICIES = {
@@ -48,7 +48,7 @@ POLICIES = {
 }
 COLUMNS = ["method", "seed", "step", "return", "elbo", "gap", "alignment", "noise_floor", "invalid", "ratio"]
 COLUMNS += ["clip_fraction", "entropy", "wall"]
-PANELS = {"return": "return of finished episodes", "gap": "gap (nats)", "alignment": "cosine(proxy, true gradient)"}
+PANELS = {"return": "return of finished episodes", "gap": "gap (nats)", "alignment": "alignment (cosine)"}
 
 
 def mlp(sizes: list[int], last_gain: float) -> nn.Sequential:

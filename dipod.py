@@ -1037,7 +1037,7 @@ def main() -> None:
         rows = read_csv(args.report)
         score = "return" if "return" in rows[0] else "reward"
         print_table(summarise(rows, score))
-        panels = {score: score, "gap": "gap (nats)", "alignment": "cosine(proxy, true gradient)"}
+        panels = {score: score, "gap": "gap (nats)", "alignment": "alignment (cosine)"}
         return draw_figure(rows, panels, args.figure, args.title) if args.figure else None
     torch.set_num_threads(1)  # six logits
     rows = []
@@ -1058,7 +1058,7 @@ def draw_two_token(rows: list, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
-    panels = {"gap_AA": "gap on AA (nats)", "alignment": "cosine(proxy, true gradient)"}
+    panels = {"gap_AA": "gap on AA (nats)", "alignment": "alignment (cosine)"}
     for axis, (name, label) in zip(axes, panels.items()):
         for i, (beta, history) in enumerate(rows):
             color = plt.get_cmap("viridis")(0.9 - 0.9 * i / len(rows))

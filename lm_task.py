@@ -55,7 +55,7 @@ METHODS = {
 }
 COLUMNS = ["method", "seed", "step", "reward", "held_out", "elbo", "log_prob", "gap", "gap_success", "gap_failure"]
 COLUMNS += ["alignment", "noise_floor", "ratio", "clip_fraction", "equal_groups", "wall"]
-PANELS = {"reward": "reward (share right)", "gap": "gap (nats)", "alignment": "cosine(proxy, true gradient)"}
+PANELS = {"reward": "reward (share right)", "gap": "gap (nats)", "alignment": "alignment (cosine)"}
 
 
 # The task
