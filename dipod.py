@@ -865,49 +865,58 @@ def _short(value) -> str:
 
 
 def launch(train: Callable, args: argparse.Namespace, columns: list[str]) -> list[dict]:
-    """Runs train(method, seed, args) -> rows for each method and seed, in parallel processes; writes metrics.csv.
+    """Runs train(method, seed, args) for each method and seed, in parallel processes; the rows of metrics.csv.
 
+    A run that stops on FloatingPointError says so in a line, keeps its last checkpoint and makes the exit status 1.
     Under torchrun the processes share each run instead, one run after the other, and rank 0 alone writes.
-
-    A run that stops on FloatingPointError says so in a line, keeps its last checkpoint and makes the exit status 1; the
-    others go on.
     """
     runs = [(method, seed) for seed in range(args.first_seed, args.first_seed + args.seeds) for method in args.methods]
-    saved = {run: checkpoint_path(args.out, *run) for run in runs}
-    rank, size = world()
+    saved, (rank, size) = [checkpoint_path(args.out, *run) for run in runs], world()
     if rank == 0:
         make_directory(args.out)
-        for path in saved.values() if not args.resume else ():
+        for path in saved if not args.resume else ():
             path.unlink(missing_ok=True)
-
-    def write() -> list[dict]:  # from the checkpoints, which hold every row that was reported, once
-        paths = list(saved.values())
-        if args.resume:  # also those of methods and seeds that this command does not run
-            paths += sorted(set(args.out.glob("*.pt")) - set(paths))
-        rows = [row for path in paths if path.exists() for row in load_checkpoint(path)["rows"]]
-        write_csv(args.out / "metrics.csv", rows, columns)
-        return rows
-
-    if rank == 0:
-        write()
-    if size > 1:
+        collect_rows(args, saved, columns)
+    if size == 1:
+        failed = run_in_pool(train, runs, args)
+    else:
         torch.distributed.barrier()
-        for run in runs:
-            train(*run, args)
+        failed = sum(stopped(lambda run=run: train(*run, args), rank) for run in runs) > 0
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
-        return write() if rank == 0 else sys.exit()
-    failed = False
-    spawn, jobs = multiprocessing.get_context("spawn"), min(args.jobs, len(runs))
-    with ProcessPoolExecutor(jobs, spawn, start_worker) as pool:
+    rows = collect_rows(args, saved, columns) if rank == 0 else []
+    if failed or rank > 0:
+        raise SystemExit(int(failed))
+    return rows
+
+
+def collect_rows(args: argparse.Namespace, saved: list[Path], columns: list[str]) -> list[dict]:
+    """Writes metrics.csv anew from the checkpoints, which hold every row that was reported, once."""
+    if args.resume:  # also the runs of earlier commands that this one does not repeat
+        saved = saved + sorted(set(args.out.glob("*.pt")) - set(saved))
+    rows = [row for path in saved if path.exists() for row in load_checkpoint(path)["rows"]]
+    write_csv(args.out / "metrics.csv", rows, columns)
+    return rows
+
+
+def stopped(run: Callable, rank: int = 0) -> bool:
+    """Whether a run stopped on a non-finite number; rank 0 says so."""
+    try:
+        run()
+    except FloatingPointError as e:
+        if rank == 0:
+            print(f"error: {e}", file=sys.stderr, flush=True)
+        return True
+    return False
+
+
+def run_in_pool(train: Callable, runs: list[tuple[str, int]], args: argparse.Namespace) -> bool:
+    """Whether one of the runs stopped on a non-finite number. Ctrl-C ends them all; --resume goes on."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(args.jobs, len(runs)), spawn, start_worker) as pool:
         futures = [pool.submit(train, *run, args) for run in runs]
         try:
-            for future in as_completed(futures):
-                try:
-                    future.result()
-                except FloatingPointError as e:
-                    failed = True
-                    print(f"error: {e}", file=sys.stderr, flush=True)
+            return sum(stopped(future.result) for future in as_completed(futures)) > 0
         except BaseException as e:
             for worker in multiprocessing.active_children():
                 worker.terminate()
@@ -915,10 +924,6 @@ def launch(train: Callable, args: argparse.Namespace, columns: list[str]) -> lis
                 raise
             print(f"interrupted; --resume goes on from the checkpoints in {args.out}", file=sys.stderr)
             raise SystemExit(130) from None
-    rows = write()
-    if failed:
-        raise SystemExit(1)
-    return rows
 
 
 def start_worker() -> None:

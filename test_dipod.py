@@ -1292,3 +1292,11 @@ def test_torchrun_trains_and_rank_0_alone_writes(base, tmp_path):
     assert [row["step"] for row in rows] == [1024, 1536] and all(math.isfinite(row["gap"]) for row in rows)
     done = run_task(*launcher, "control_task.py", "--num-envs", 3, *options)
     assert done.returncode != 0 and "expected a multiple of 2 processes" in done.stderr
+
+
+def test_a_stopped_run_says_so_in_one_line(capsys):
+    def diverged():
+        raise FloatingPointError("fpo seed 0 step 9: non-finite gradient; stopped")
+
+    assert dipod.stopped(diverged) and not dipod.stopped(lambda: None)
+    assert capsys.readouterr().err == "error: fpo seed 0 step 9: non-finite gradient; stopped\n"
