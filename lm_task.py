@@ -200,7 +200,7 @@ def train(method: str, seed: int, args) -> list[dict]:
     settings = METHODS[method]
     beta = args.beta if args.beta is not None and settings["beta"] > 0 else settings["beta"]
     clip = CLIP if args.clip is None else args.clip
-    lr, (targets, unseen), length = args.lr or 1e-3, split_targets(digits), 2 * digits - 1
+    lr, (targets, unseen), length = LR if args.lr is None else args.lr, split_targets(digits), 2 * digits - 1
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.01, fused=True)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0 if args.decay else 1.0, args.steps)
     start, rows, wall = 0, [], 0.0
@@ -247,16 +247,15 @@ def train(method: str, seed: int, args) -> list[dict]:
             loss.backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            nan = torch.full_like(norm, math.nan)
-            infos.append(torch.stack((info.get("ratio", nan), info.get("clip_fraction", nan), norm)))
-        decay.step()
-        if due:
-            means = torch.cat(
-                (torch.stack(infos).mean(0), torch.stack((torch.stack(seen).mean(), torch.stack(equal).mean())))
+            infos.append(
+                torch.stack([info.get(k, torch.full_like(norm, math.nan)) for k in ("ratio", "clip_fraction")])
             )
-            ratio, clip_fraction, norm, mean_reward, equal_groups = dipod.world_mean(means).tolist()
-            if not math.isfinite(norm):
-                raise FloatingPointError(f"{method} seed {seed} step {iteration + 1}: non-finite gradient; stopped")
+        decay.step()
+        if not bool(norm.isfinite()):  # once per rollout: the updates themselves never wait for a GPU
+            raise FloatingPointError(f"{method} seed {seed} step {iteration + 1}: non-finite gradient; stopped")
+        if due:
+            means = [torch.stack(infos).mean(0), torch.stack(seen).mean()[None], torch.stack(equal).mean()[None]]
+            ratio, clip_fraction, mean_reward, equal_groups = dipod.world_mean(torch.cat(means)).tolist()
             held_out = sample_rewards(model, unseen, length, 16, device, watch)[1].mean().item()
             now = wall + monotonic() - started
             row = {"method": method, "seed": seed, "step": iteration + 1, "held_out": held_out} | measured
@@ -393,7 +392,7 @@ def main() -> None:
     )
     print(f"base model {args.base}: reward {seen:.3f}, on held-out targets {unseen:.3f}")
     rows = dipod.launch(train, args, COLUMNS)
-    dipod.finish(rows, args, "reward", PANELS, f"lr {args.lr or 1e-3:g}, {args.inner} inner updates")
+    dipod.finish(rows, args, "reward", PANELS, f"lr {LR if args.lr is None else args.lr:g}, {args.inner} inner updates")
     if args.lr is None and args.inner == 2:
         print(
             "Mind: 1e-3 is a hot learning rate, chosen to show the drift; README.md has the curve over learning rates."
