@@ -395,7 +395,7 @@ def main() -> None:
     dipod.finish(rows, args, "reward", PANELS, f"lr {LR if args.lr is None else args.lr:g}, {args.inner} inner updates")
     if args.lr is None and args.inner == 2:
         print(
-            "Mind: 1e-3 is a hot learning rate, chosen to show the drift; README.md has the curve over learning rates."
+            f"Mind: {LR:g} is a hot learning rate, where the drift is plain; README.md has the curve over learning rates."
         )
     if args.samples:
         runs = product(args.methods, range(args.first_seed, args.first_seed + args.seeds))
