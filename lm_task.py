@@ -34,11 +34,8 @@ from dipod import (
 
 CHARS, MASK = "0123456789+-:", 13  # MASK is an input only: the model has no output for it
 PLUS, MINUS, PROMPT = CHARS.index("+"), CHARS.index("-"), 3
-SAMPLES, DRAWS, CLIP = (
-    8,
-    4,
-    0.2,
-)  # of each prompt; of each completion, kept for old, new and all inner updates; of the ratio
+SAMPLES, DRAWS = 8, 4  # of each prompt; of each completion, kept for old, new and all inner updates
+LR, CLIP = 1e-3, 0.2
 
 # `loss`: which of dipod.py's losses, `score`: on what. interleave, Algorithm 1, spends every second rollout on
 # self-distillation, so that all methods have the same numbers of samples and updates.
