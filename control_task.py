@@ -37,7 +37,7 @@ METHODS = {
     "dipod": {"beta": 0.3, "trust_region": "ppo", "per_draw": False},
     "fpo++": {"beta": 0.0, "trust_region": "aspo", "per_draw": True},
     "dipod++": {"beta": 0.3, "trust_region": "aspo", "per_draw": True},
-    "interleave": {"beta": 0.0, "trust_region": "ppo", "per_draw": False, "every": 1, "distill": 20},
+    "interleave": {"beta": 0.0, "trust_region": "ppo", "per_draw": False, "every": 1, "distill": 2},
     "distill": {"beta": 0.0, "trust_region": "aspo", "per_draw": True, "first": 200},
 }
 # One configuration per policy for all environments, tuned on two of them with equal effort (README).
