@@ -998,24 +998,27 @@ def draw_figure(rows: list[dict], panels: dict[str, str], path: Path, title: str
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    methods = list(dict.fromkeys(row["method"] for row in rows))
     figure, axes = plt.subplots(1, len(panels), figsize=(3.4 * len(panels), 2.9), layout="constrained")
     for axis, (column, label) in zip(axes, panels.items()):
-        for method in dict.fromkeys(row["method"] for row in rows):
+        for i, method in enumerate(methods):
             by_step = {}
             for row in rows:
                 if row["method"] == method and not math.isnan(row[column]):
                     by_step.setdefault(row["step"], []).append(row[column])
-            steps, values = sorted(by_step), [by_step[s] for s in sorted(by_step)]
-            axis.plot(steps, [_mean(v) for v in values], color=COLORS[method], label=method, linewidth=2)
+            color = COLORS.get(method) or plt.get_cmap("viridis")(0.9 - 0.9 * i / len(methods))
+            steps, values = sorted(by_step), [by_step[step] for step in sorted(by_step)]
+            axis.plot(steps, [_mean(v) for v in values], color=color, label=method, linewidth=2)
             low, high = [min(v) for v in values], [max(v) for v in values]
-            axis.fill_between(steps, low, high, color=COLORS[method], alpha=0.2, linewidth=0)
+            axis.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
         axis.set(xlabel="step", ylabel=label)
         axis.spines[["top", "right"]].set_visible(False)
-    if column == "alignment":
-        axes[-1].set_ylim(top=1.05)
     axes[0].legend(frameon=False)
     figure.suptitle(title)
-    figure.savefig(path, dpi=110)
+    try:
+        figure.savefig(path, dpi=110)
+    except (OSError, ValueError) as e:
+        fail(f"{path}: cannot write the figure there ({e})")
     plt.close(figure)
 
 
@@ -1049,33 +1052,15 @@ def main() -> None:
     print(f"{'beta':>5} {'gap on AA':>10} {'mean gap':>10} {'alignment':>10} {'reward':>8}   nats; after 1500 updates")
     for beta in (0.0, 0.05, 0.1, 0.2, 0.5):
         history = two_token(beta)
-        final = [float(values[-1]) for values in history.values()]
-        print(f"{beta:5} {final[0]:10.4f} {final[1]:10.4f} {final[2]:10.4f} {final[3]:8.4f}", flush=True)
-        rows.append((beta, history))
+        steps = [dict(zip(history, values)) for values in zip(*(v.tolist() for v in history.values()))]
+        rows += [{"method": f"beta {beta:g}", "step": step} | values for step, values in enumerate(steps)]
+        final = steps[-1]
+        print(
+            f"{beta:5} {final['gap_AA']:10.4f} {final['gap']:10.4f} {final['alignment']:10.4f} {final['reward']:8.4f}"
+        )
     if args.plot:
-        draw_two_token(rows, args.plot)
-
-
-def draw_two_token(rows: list, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
-    panels = {"gap_AA": "gap on AA (nats)", "alignment": "alignment (cosine)"}
-    for axis, (name, label) in zip(axes, panels.items()):
-        for i, (beta, history) in enumerate(rows):
-            color = plt.get_cmap("viridis")(0.9 - 0.9 * i / len(rows))
-            axis.plot(history[name], color=color, label=f"beta {beta:g}", linewidth=2)
-        axis.set(xlabel="update", ylabel=label)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False)
-    try:
-        figure.savefig(path, dpi=110)
-    except (OSError, ValueError) as e:
-        fail(f"--plot {path}: cannot write there ({e})")
-    print(f"written: {path}")
+        draw_figure(rows, {"gap_AA": "gap on AA (nats)", "alignment": "alignment (cosine)"}, args.plot)
+        print(f"written: {args.plot}")
 
 
 if __name__ == "__main__":

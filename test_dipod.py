@@ -1300,3 +1300,63 @@ def test_a_stopped_run_says_so_in_one_line(capsys):
 
     assert dipod.stopped(diverged) and not dipod.stopped(lambda: None)
     assert capsys.readouterr().err == "error: fpo seed 0 step 9: non-finite gradient; stopped\n"
+
+
+def test_ratio_per_draw_over_several_epochs_of_stored_draws():
+    """An rsl_rl style runner: draws and old ELBO stored once, indexed by minibatch in every epoch."""
+    net, action, advantages = torch.nn.Linear(2, 2), torch.randn(12, 2), torch.randn(12)
+    draws = dipod.draw_flow(action, 4)
+    with torch.no_grad():
+        old = dipod.flow_elbo(lambda x, t: net(x), action, draws)
+    optimizer = torch.optim.SGD(net.parameters(), 0.05)
+    for epoch in range(3):
+        for i in torch.arange(12).split(6):
+            elbo = dipod.flow_elbo(lambda x, t: net(x), action[i], FlowDraws(draws.time[i], draws.noise[i]))
+            if epoch == 0 and i[0] == 0:
+                torch.testing.assert_close(elbo.detach(), old[i])
+            loss, info = dipod.dipod_loss(elbo, old[i], advantages[i], 0.1, trust_region="aspo")
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    assert info["ratio"] != 1 and torch.isfinite(loss)
+
+
+def test_a_model_output_object_is_named_and_its_logits_work():
+    class Output:
+        logits = torch.zeros(4, 3, 2)
+
+    tokens, draws = torch.zeros(2, 3).long(), MaskDraws(MASKS, torch.ones(2, 2))
+    with pytest.raises(TypeError, match=r"model: expected .* got Output \(pass its .logits\?\)"):
+        dipod.masked_elbo(lambda t: Output, tokens, draws, 2)
+    assert dipod.masked_elbo(lambda t: Output().logits, tokens, draws, 2).shape == (2, 2)
+
+
+def test_random_wrong_shapes_never_give_a_result_of_another_shape():
+    generator = torch.Generator().manual_seed(0)
+
+    def shape():
+        return torch.randint(0, 4, (int(torch.randint(0, 4, (), generator=generator)),), generator=generator).tolist()
+
+    passed = 0
+    for _ in range(3000):
+        elbo, old, advantages, time, noise = (torch.rand(shape(), generator=generator) for _ in range(5))
+        calls = [
+            (lambda: dipod.dipod_loss(elbo, old, advantages)[0].shape, ()),
+            (lambda: dipod.spg_loss(elbo, old, advantages)[0].shape, ()),
+            (lambda: dipod.flow_elbo(plain_field, elbo, FlowDraws(time, noise)).shape, noise.shape[:2]),
+            (lambda: dipod.group_advantages(elbo).shape, elbo.shape),
+        ]
+        for f, expected in calls:
+            try:
+                assert f() == expected
+                passed += 1
+            except ValueError:
+                continue
+    assert passed > 50
+
+
+def test_a_truncated_checkpoint_is_one_clear_line(base, tmp_path, capsys):
+    (tmp_path / "cut.pt").write_bytes(base.read_bytes()[:5000])
+    with pytest.raises(SystemExit):
+        dipod.load_checkpoint(tmp_path / "cut.pt")
+    assert "cut.pt: not a readable checkpoint" in capsys.readouterr().err
