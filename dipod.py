@@ -1011,7 +1011,8 @@ def draw_figure(rows: list[dict], panels: dict[str, str], path: Path, title: str
             axis.plot(steps, [_mean(v) for v in values], color=color, label=method, linewidth=2)
             low, high = [min(v) for v in values], [max(v) for v in values]
             axis.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
-        axis.set(xlabel="step", ylabel=label)
+        unit = {"return": "environment steps", "reward": "RL iterations"}.get(next(iter(panels)), "updates")
+        axis.set(xlabel=unit, ylabel=label)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False)
     figure.suptitle(title)
