@@ -347,6 +347,7 @@ def update(policy, value, optimizer, batch: dict, settings: dict) -> dict[str, f
 
 
 def check_finite(norms: list[Tensor]) -> None:
+    """Raises FloatingPointError if a gradient norm is NaN or infinite."""
     if not bool(torch.stack(norms).isfinite().all()):  # once per rollout: the update loop itself never waits for a GPU
         raise FloatingPointError("non-finite gradient")
 
@@ -419,6 +420,7 @@ def train(method: str, seed: int, args) -> list[dict]:
 
 
 def load_policy(path) -> tuple[nn.Module, Statistics, dict]:
+    """A checkpoint's policy, its observation statistics and its settings."""
     state = dipod.load_checkpoint(path)
     settings = state["settings"]
     policy, statistics = make_policy(settings), Statistics(settings["obs_dim"], 1)
@@ -517,6 +519,7 @@ def benchmark(args, rollouts: int = 6) -> None:
 
 
 def main() -> None:
+    """The command line."""
     parser = dipod.task_parser(__doc__, METHODS, ["fpo", "dipod", "ppo"], 200_000, "environment steps", "runs/control")
     parser.add_argument(
         "--env", default="Reacher-v5", help="gymnasium environment, Box observations and bounded Box actions"

@@ -757,6 +757,7 @@ def fail(message: str):
 
 
 def pick_device(name: str) -> torch.device:
+    """The device that --device names; one clear line if this torch does not have it."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
@@ -797,6 +798,7 @@ def share_of(name: str, total: int) -> int:
 
 
 def make_directory(path: Path) -> None:
+    """Makes --out and tries to write there; one clear line if that fails."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         (path / "metrics.partial").touch()
@@ -805,6 +807,7 @@ def make_directory(path: Path) -> None:
 
 
 def checkpoint_path(out: Path, method: str, seed: int) -> Path:
+    """Where a run keeps its checkpoint."""
     return Path(out) / f"{method}_{seed}.pt"
 
 
@@ -832,6 +835,7 @@ def get_rng() -> list[Tensor]:
 
 
 def set_rng(states: list[Tensor]) -> None:
+    """Restores what `get_rng` returned."""
     torch.set_rng_state(states[0].cpu())
     if len(states) > 1:
         torch.cuda.set_rng_state_all([state.cpu() for state in states[1:]])
@@ -935,6 +939,7 @@ def start_worker() -> None:
 
 
 def write_csv(path: Path, rows: list[dict], columns: list[str]) -> None:
+    """Writes rows atomically, numbers with six digits."""
     partial = path.with_suffix(".partial")
     with open(partial, "w", newline="") as file:
         writer = csv.DictWriter(file, columns)
@@ -1036,6 +1041,7 @@ def finish(rows: list[dict], args: argparse.Namespace, score: str, panels: dict[
 
 
 def main() -> None:
+    """The two-token diagnostic, or the table and figure of metrics files."""
     parser = argparse.ArgumentParser(description="The two-token diagnostic: both drifts, exactly (paper, Figure 2).")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw gap and alignment over the updates")
     parser.add_argument("--report", type=Path, nargs="+", metavar="CSV", help="the table of metrics files, and leave")

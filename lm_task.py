@@ -59,10 +59,12 @@ PANELS = {"reward": "reward (share right)", "gap": "gap (nats)", "alignment": "a
 
 
 def encode(text: str) -> list[int]:
+    """Tokens of a text in CHARS."""
     return [CHARS.index(c) for c in text]
 
 
 def decode(tokens) -> str:
+    """Text of tokens, `_` for a mask."""
     return "".join((CHARS + "_")[int(t)] for t in tokens)
 
 
@@ -345,12 +347,14 @@ def benchmark(args) -> None:
 
 
 def pretrain_nothing(args, model: Model) -> Path:
+    """Saves an untrained model, enough to measure speed."""
     dipod.make_directory(args.out)
     dipod.save_checkpoint(args.out / "untrained.pt", {"model": model.state_dict(), "digits": args.digits, "rows": []})
     return args.out / "untrained.pt"
 
 
 def main() -> None:
+    """The command line."""
     parser = dipod.task_parser(__doc__, METHODS, ["fpo", "dipod", "positives"], 300, "RL iterations", "runs/lm")
     parser.add_argument(
         "--base", type=Path, metavar="FILE", help="a pretrained model; default: pretrain one into --out"
