@@ -711,10 +711,10 @@ def task_parser(doc: str, methods, default, steps: int, unit: str, out: str) -> 
     known = f"of {', '.join(methods)} (default: {' '.join(default)})"
     parser = argparse.ArgumentParser(description=summary, epilog=usage, formatter_class=_Defaults)
     parser.add_argument("--methods", nargs="+", choices=methods, default=default, metavar="M", help=known)
-    parser.add_argument("--seeds", type=_at_least(1), default=1, metavar="N", help="run seeds 0..N-1")
-    parser.add_argument("--first-seed", type=_at_least(0), default=0, metavar="S", help="run S..S+N-1 instead")
-    parser.add_argument("--jobs", type=_at_least(1), default=os.cpu_count(), help="processes, one torch thread each")
-    parser.add_argument("--steps", type=_at_least(1), default=steps, help=f"{unit} of each run")
+    parser.add_argument("--seeds", type=at_least(1), default=1, metavar="N", help="run seeds 0..N-1")
+    parser.add_argument("--first-seed", type=at_least(0), default=0, metavar="S", help="run S..S+N-1 instead")
+    parser.add_argument("--jobs", type=at_least(1), default=os.cpu_count(), help="processes, one torch thread each")
+    parser.add_argument("--steps", type=at_least(1), default=steps, help=f"{unit} of each run")
     parser.add_argument("--beta", type=_positive, help="weight of the on-policy ELBO; default: the method's own")
     parser.add_argument("--clip", type=_positive, help="half-width of the trust region; default: the method's own")
     parser.add_argument("--lr", type=_positive, help="learning rate; default: the method's own")
@@ -722,7 +722,7 @@ def task_parser(doc: str, methods, default, steps: int, unit: str, out: str) -> 
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out")
     devices = ("auto", "cpu", "cuda", "mps")
     parser.add_argument("--device", choices=devices, default="auto", help="auto: cuda if there is one, else cpu")
-    parser.add_argument("--rows", type=_at_least(1), default=30, help="progress lines and metrics rows of each run")
+    parser.add_argument("--rows", type=at_least(1), default=30, help="progress lines and metrics rows of each run")
     parser.add_argument("--no-drift", action="store_true", help="do not measure gap and alignment while training")
     return parser
 
@@ -735,7 +735,7 @@ class _Defaults(argparse.RawDescriptionHelpFormatter):
         return action.help + ("" if plain else " (default: %(default)s)")
 
 
-def _at_least(low: int):
+def at_least(low: int):
     def whole_number(text: str) -> int:
         if int(text) < low:
             raise argparse.ArgumentTypeError(f"expected a whole number >= {low}, got {text}")

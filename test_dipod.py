@@ -283,6 +283,16 @@ def test_flow_sample_euler_and_midpoint_by_hand():
     torch.testing.assert_close(vp, noise - math.pi / 2)  # the path's own clock
 
 
+@pytest.mark.parametrize("std", [1.0, 0.3, 0.1])
+def test_midpoint_keeps_the_spread_that_euler_shrinks_at_equal_cost(std):
+    def velocity(x, t):  # exact for actions ~ N(0, std^2): what distilling that policy on its samples converges to
+        return (t - (1 - t) * std**2) / (t**2 + (1 - t) ** 2 * std**2) * x
+
+    one = torch.ones(1, 1, dtype=torch.float64)
+    euler, midpoint = dipod.flow_sample(velocity, one, 10, "euler") / std, dipod.flow_sample(velocity, one, 5) / std
+    assert euler < 0.9 and abs(midpoint - 1) < 0.5 * abs(euler - 1)
+
+
 @pytest.mark.parametrize("path", ["linear", "vp"])
 @pytest.mark.parametrize("method", ["euler", "midpoint"])
 def test_flow_log_prob_is_exact_and_its_gradient_the_score(method, path):
