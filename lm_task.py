@@ -1,8 +1,9 @@
 """A tiny character-level masked-diffusion LM, pretrained and post-trained, with both drifts measured exactly.
 
     python lm_task.py                                     # pretrain, then fpo, dipod, positives from the same base
-    python lm_task.py --base runs/lm/base.pt --seeds 5    # reuse a base model
-    python lm_task.py --base runs/lm/base.pt --check      # the sampler's frequencies beside the exact likelihoods
+    python lm_task.py --seeds 5                           # seed s starts from base model s mod 3
+    python lm_task.py --base runs/lm/base_0.pt            # reuse a base model
+    python lm_task.py --base runs/lm/base_0.pt --check    # the sampler's frequencies beside the exact likelihoods
     python lm_task.py --samples                           # also print completions of the base and the trained models
     python lm_task.py --benchmark                         # where the time goes
 
@@ -38,12 +39,15 @@ SAMPLES, DRAWS = 8, 4  # of each prompt; of each completion, kept for old, new a
 LR, CLIP = 1e-3, 0.2
 
 # `loss`: which of dipod.py's losses, `score`: on what. interleave, Algorithm 1, spends every second rollout on
-# self-distillation, so that all methods have the same numbers of samples and updates.
+# self-distillation, so that all methods have the same numbers of samples and updates. Two controls: fpo-kl is held near the
+# base model instead of tight, fpo-exact has DiPOD's term on the exact log-likelihood, where it is no pressure on the gap.
 METHODS = {
     "fpo": {"loss": "ratio", "score": "elbo", "beta": 0.0},
     "dipod": {"loss": "ratio", "score": "elbo", "beta": 0.3},
     "positives": {"loss": "ratio", "score": "elbo", "beta": 0.0, "positives": True},
     "interleave": {"loss": "ratio", "score": "elbo", "beta": 0.0, "interleave": True},
+    "fpo-kl": {"loss": "ratio", "score": "elbo", "beta": 0.0, "kl": 0.01},
+    "fpo-exact": {"loss": "ratio", "score": "elbo", "beta": 0.0, "exact_beta": 0.3},
     "spg": {"loss": "spg", "mix": 0.5, "beta": 0.0},
     "spg-dipod": {"loss": "spg", "mix": 0.5, "beta": 0.3},
     "reinforce": {"loss": "spg", "mix": 0.0, "beta": 0.0},
@@ -68,13 +72,16 @@ def decode(tokens) -> str:
     return "".join((CHARS + "_")[int(t)] for t in tokens)
 
 
-def rewards(tokens: Tensor) -> Tensor:
-    """1 where prompt and completion (B, T) read `target:digit sign digit ...` and it is true, else 0; (B,) float."""
+def rewards(tokens: Tensor, graded: bool = False) -> Tensor:
+    """1 where prompt and completion (B, T) read `target:digit sign digit ...` and it is true, else 0; (B,) float.
+
+    With `graded` a well-formed completion that is wrong by e has 1/(1+e).
+    """
     target, completion = 10 * tokens[:, 0] + tokens[:, 1], tokens[:, PROMPT:]
     digits, signs = completion[:, 0::2], completion[:, 1::2]
     well_formed = (digits < 10).all(1) & ((signs == PLUS) | (signs == MINUS)).all(1)
     total = digits[:, 0] + (torch.where(signs == PLUS, 1, -1) * digits[:, 1:]).sum(1)
-    return (well_formed & (total == target)).float()
+    return well_formed / (1.0 + (total - target).abs()) if graded else (well_formed & (total == target)).float()
 
 
 def expressions(digits: int) -> tuple[Tensor, Tensor]:
@@ -113,13 +120,15 @@ class Model(nn.Module):
         self.head = nn.Linear(dim, len(CHARS))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.head(self.encoder(self.embed(tokens) + self.position))
+        if tokens.device.type != "cpu":  # where counting distinct rows would make the GPU wait
+            return self.head(self.encoder(self.embed(tokens) + self.position))
+        tokens, row = tokens.unique(dim=0, return_inverse=True)  # a fifth to a half of masked inputs occur twice
+        return self.head(self.encoder(self.embed(tokens) + self.position))[row]
 
 
-def pretrain(args, steps: int = 2000) -> Path:
-    """Trains the base model on random expressions whose stated target is right with probability 0.7; saves it."""
-    dipod.make_directory(args.out)
-    torch.manual_seed(args.base_seed)
+def pretrain(name: str, seed: int, args, steps: int = 2000) -> Path:
+    """Trains a base model on random expressions whose stated target is right with probability args.truth; saves it."""
+    torch.manual_seed(seed)
     device, length, started = dipod.pick_device(args.device), 2 * args.digits - 1, monotonic()
     model = Model(PROMPT + length).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, fused=True)
@@ -128,7 +137,7 @@ def pretrain(args, steps: int = 2000) -> Path:
     for step in range(1, steps + 1):
         chosen = torch.randint(len(value), (256,))
         lie = torch.randint(0, 9 * args.digits + 1, (256,))
-        tokens = prompts(torch.where(torch.rand(256) < 0.7, value[chosen], lie), length)
+        tokens = prompts(torch.where(torch.rand(256) < args.truth, value[chosen], lie), length)
         maskable = (tokens == MASK).to(device)
         tokens[:, PROMPT:] = completion[chosen]
         loss = -masked_elbo(model, tokens.to(device), draw_masks(maskable, 1), MASK).mean()
@@ -138,8 +147,8 @@ def pretrain(args, steps: int = 2000) -> Path:
         schedule.step()
         if step % (steps // 8) == 0:
             left = (monotonic() - started) / step * (steps - step)
-            print(f"pretraining  step {step}/{steps}  elbo {-loss.item():.2f} nats  left {left:.0f} s", flush=True)
-    path = args.out / "base.pt"
+            print(f"{name} {seed}  step {step}/{steps}  elbo {-loss.item():.2f} nats  left {left:.0f} s", flush=True)
+    path = dipod.checkpoint_path(args.out, name, seed)
     dipod.save_checkpoint(path, {"model": model.state_dict(), "digits": args.digits, "rows": []})
     return path
 
@@ -167,6 +176,23 @@ def score(model, kind: str, tokens: Tensor, maskable: Tensor, draws) -> Tensor:
     return masked_elbo(model, tokens, draws, MASK).mean(1)
 
 
+def loss_of(
+    settings: dict, model, rollout: tuple, advantages: Tensor, old: Tensor, anchor: Tensor, clip: float
+) -> tuple:
+    """The method's loss on one rollout (tokens, maskable, draws), and its info."""
+    if settings["loss"] == "spg":
+        tokens, _, draws = rollout
+        elbo, eubo = masked_bounds(model, tokens, draws, MASK, power=1.5)
+        return spg_loss(elbo, eubo, advantages, settings["beta"], settings["mix"])
+    new = score(model, settings["score"], *rollout)
+    loss, info = dipod_loss(new, old, advantages, settings["beta"], clip)
+    if settings.get("kl"):  # on policy the gradient of half the square is that of KL(pi || base), both by their ELBOs
+        loss = loss + settings["kl"] * 0.5 * (new - anchor).square().mean()
+    if settings.get("exact_beta"):
+        loss = loss - settings["exact_beta"] * score(model, "exact", *rollout).mean()
+    return loss, info
+
+
 def drift(model, tokens: Tensor, maskable: Tensor, reward: Tensor, advantages: Tensor) -> dict[str, float]:
     """Exact gap and alignment on the on-policy batch before its first update; gap of right and of wrong answers."""
     log_prob, elbo = exact_likelihood(model, tokens, maskable, MASK)
@@ -183,7 +209,7 @@ def drift(model, tokens: Tensor, maskable: Tensor, reward: Tensor, advantages: T
 
 
 def sample_rewards(model, targets: Tensor, length: int, each: int, device, generator=None) -> tuple[Tensor, Tensor]:
-    """`each` completions of every target: tokens (B, T) and rewards (B,)."""
+    """`each` completions of every target: tokens (B, T) and whether they are right (B,)."""
     start = prompts(targets.repeat_interleave(each), length).to(device)
     tokens = sample_masked(model, start, MASK, generator=generator)
     return tokens, rewards(tokens)
@@ -194,10 +220,11 @@ def train(method: str, seed: int, args) -> list[dict]:
     device, started, path = dipod.pick_device(args.device), monotonic(), dipod.checkpoint_path(args.out, method, seed)
     torch.manual_seed(seed)
     watch = torch.Generator(device).manual_seed(seed)  # diagnostics draw from their own
-    model, digits = load_model(args.base, device)
+    (model, digits), (base, _) = (load_model(args.base[seed % len(args.base)], device) for _ in range(2))
     net, rank, own_prompts = dipod.parallel(model), dipod.world()[0], dipod.share_of("--prompts", args.prompts)
-    settings = METHODS[method]
-    beta = args.beta if args.beta is not None and settings["beta"] > 0 else settings["beta"]
+    settings = METHODS[method] | {
+        k: args.beta for k in ("beta", "kl", "exact_beta") if args.beta is not None and METHODS[method].get(k)
+    }
     clip = CLIP if args.clip is None else args.clip
     lr, (targets, unseen), length = LR if args.lr is None else args.lr, split_targets(digits), 2 * digits - 1
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.01, fused=True)
@@ -215,33 +242,30 @@ def train(method: str, seed: int, args) -> list[dict]:
     every, seen, equal, infos = max(1, args.steps // args.rows), [], [], []
     for iteration in range(start, args.steps):
         chosen = targets[torch.randint(len(targets), (own_prompts,))]
-        tokens, reward = sample_rewards(model, chosen, length, SAMPLES, device)
+        tokens, right = sample_rewards(model, chosen, length, SAMPLES, device)
         maskable = torch.zeros_like(tokens, dtype=torch.bool)
         maskable[:, PROMPT:] = True
-        advantages = group_advantages(reward.view(-1, SAMPLES))
-        seen.append(reward.mean())
+        advantages = group_advantages(rewards(tokens, args.graded).view(-1, SAMPLES))
+        seen.append(right.mean())
         equal.append((advantages == 0).all(1).float().mean())
         advantages = advantages.flatten()
         due = iteration == args.steps - 1 or (iteration + 1) % every == 0
         measured = dict.fromkeys(COLUMNS[5:12], math.nan)
         if due and not args.no_drift:
-            measured |= drift(model, tokens, maskable, reward, advantages)
+            measured |= drift(model, tokens, maskable, right, advantages)
         if settings.get("positives"):
             advantages = advantages.clamp(min=0)
-        weight = beta
+        now = settings
         if settings.get("interleave") and iteration % 2:  # Algorithm 1's other half [DiPOD]
-            advantages, weight = torch.zeros_like(advantages), 1.0
-        draws = draw_masks(maskable, DRAWS)
-        if settings["loss"] == "ratio":
-            with torch.no_grad():
-                old = score(model, settings["score"], tokens, maskable, draws)
-        for _ in range(args.inner):
+            advantages, now = torch.zeros_like(advantages), settings | {"beta": 1.0}
+        rollout, old, anchor = (tokens, maskable, draw_masks(maskable, DRAWS)), None, None
+        with torch.no_grad():
             if settings["loss"] == "ratio":
-                new = score(net, settings["score"], tokens, maskable, draws)
-                loss, info = dipod_loss(new, old, advantages, weight, clip)
-            else:
-                elbo, eubo = masked_bounds(net, tokens, draws, MASK, power=1.5)
-                loss, info = spg_loss(elbo, eubo, advantages, weight, settings["mix"])
+                old = score(model, settings["score"], *rollout)
+            if settings.get("kl"):
+                anchor = score(base, settings["score"], *rollout)
+        for _ in range(args.inner):
+            loss, info = loss_of(now, net, rollout, advantages, old, anchor, clip)
             optimizer.zero_grad()
             loss.backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -256,14 +280,14 @@ def train(method: str, seed: int, args) -> list[dict]:
             means = [torch.stack(infos).mean(0), torch.stack(seen).mean()[None], torch.stack(equal).mean()[None]]
             ratio, clip_fraction, mean_reward, equal_groups = dipod.world_mean(torch.cat(means)).tolist()
             held_out = sample_rewards(model, unseen, length, 16, device, watch)[1].mean().item()
-            now = wall + monotonic() - started
+            spent = wall + monotonic() - started
             row = {"method": method, "seed": seed, "step": iteration + 1, "held_out": held_out} | measured
             row |= {"reward": mean_reward, "equal_groups": equal_groups, "ratio": ratio}
-            row |= {"clip_fraction": clip_fraction, "wall": now}
+            row |= {"clip_fraction": clip_fraction, "wall": spent}
             rows.append({k: row[k] for k in COLUMNS})
             seen, equal, infos = [], [], []
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "decay": decay.state_dict()}
-            state |= {"digits": digits, "iteration": iteration + 1, "rows": rows, "wall": now}
+            state |= {"digits": digits, "iteration": iteration + 1, "rows": rows, "wall": spent}
             state |= {"rng": dipod.get_rng(), "watch": watch.get_state(), "skipped": start / args.steps}
             dipod.report(args, rows[-1], state, started, (iteration + 1) / args.steps)
     return rows
@@ -339,7 +363,7 @@ def benchmark(args) -> None:
         f"  ELBO and gradient {n / elbo_both:8.0f} evaluations/s, {bare_both / elbo_both:.2f} of a bare forward and backward"
     )
     print(f"  exact likelihood  {len(tokens) / exact:8.0f} completions/s")
-    args.base, args.steps, args.rows, args.no_drift = pretrain_nothing(args, model), 30, 1, True
+    args.base, args.steps, args.rows, args.no_drift = [pretrain_nothing(args, model)], 30, 1, True
     begun = monotonic()
     train("dipod", 0, args)
     print(f"  end to end        {args.steps / (monotonic() - begun):8.1f} iterations/s of dipod")
@@ -353,13 +377,30 @@ def pretrain_nothing(args, model: Model) -> Path:
     return args.out / "untrained.pt"
 
 
+def pretrain_bases(args) -> list[Path]:
+    """The N base models of --bases; pretrains in parallel processes those that the runs need (--resume: and lack)."""
+    paths = [dipod.checkpoint_path(args.out, "base", s) for s in range(args.bases)]
+    needed = {seed % args.bases for seed in range(args.first_seed, args.first_seed + args.seeds)}
+    missing = [("base", s) for s in sorted(needed) if not (args.resume and paths[s].exists())]
+    if dipod.world()[0] == 0 and missing:
+        dipod.make_directory(args.out)
+        dipod.run_in_pool(pretrain, missing, args)
+    if dipod.world()[1] > 1:
+        torch.distributed.barrier()
+    return paths
+
+
 def main() -> None:
     """The command line."""
     parser = dipod.task_parser(__doc__, METHODS, ["fpo", "dipod", "positives"], 300, "RL iterations", "runs/lm")
     parser.add_argument(
-        "--base", type=Path, metavar="FILE", help="a pretrained model; default: pretrain one into --out"
+        "--base", type=Path, nargs="+", metavar="FILE", help="pretrained models; default: pretrain them into --out"
     )
-    parser.add_argument("--base-seed", type=int, default=0, metavar="S", help="seed of the pretraining")
+    parser.add_argument(
+        "--bases", type=dipod.at_least(1), default=3, metavar="N", help="run s starts from base s mod N"
+    )
+    parser.add_argument("--truth", type=float, default=0.7, help="share of true statements in the pretraining")
+    parser.add_argument("--graded", action="store_true", help="train on 1/(1+error) instead of right or wrong")
     parser.add_argument("--inner", type=dipod.at_least(1), default=2, help="updates on each rollout")
     parser.add_argument("--prompts", type=dipod.at_least(1), default=8, help="prompts of a rollout, 8 samples each")
     parser.add_argument("--digits", type=int, choices=(2, 3, 4), default=3, help="of a completion, 2*digits-1 tokens")
@@ -369,29 +410,25 @@ def main() -> None:
     )
     parser.add_argument("--check", action="store_true", help="compare the sampler with exact likelihoods and leave")
     parser.add_argument("--benchmark", action="store_true", help="measure speed and leave")
-    parser.set_defaults(rows=15)  # the exact likelihoods of a row cost as much as 20 iterations
+    parser.set_defaults(rows=10)  # the exact likelihoods of a row cost as much as 20 iterations
     args = parser.parse_args()
     device = dipod.pick_device(args.device)
     if args.benchmark:
         return benchmark(args)
-    if args.base is None and args.resume and (args.out / "base.pt").exists():
-        args.base = args.out / "base.pt"
     torch.set_num_threads(1)
     dipod.join_world(device)
-    if args.base is None:
-        args.base = args.out / "base.pt"
-        if dipod.world()[0] == 0:
-            pretrain(args)
-        if dipod.world()[1] > 1:
-            torch.distributed.barrier()
-    model, args.digits = load_model(args.base, device)
-    if args.check:
-        return check_sampler(args.base, device)
-    torch.manual_seed(0)
-    seen, unseen = (
-        sample_rewards(model, t, 2 * args.digits - 1, 64, device)[1].mean() for t in split_targets(args.digits)
+    args.base = args.base or pretrain_bases(args)
+    used = list(
+        dict.fromkeys(args.base[s % len(args.base)] for s in range(args.first_seed, args.first_seed + args.seeds))
     )
-    print(f"base model {args.base}: reward {seen:.3f}, on held-out targets {unseen:.3f}")
+    args.digits = load_model(used[0], device)[1]
+    if args.check:
+        return check_sampler(used[0], device)
+    for path in used:
+        torch.manual_seed(0)
+        model, parts = load_model(path, device)[0], split_targets(args.digits)
+        shares = [sample_rewards(model, t, 2 * args.digits - 1, 64, device)[1].mean() for t in parts]
+        print(f"base model {path}: reward {shares[0]:.3f}, on held-out targets {shares[1]:.3f}")
     rows = dipod.launch(train, args, COLUMNS)
     dipod.finish(rows, args, "reward", PANELS, f"lr {LR if args.lr is None else args.lr:g}, {args.inner} inner updates")
     if args.lr is None and args.inner == 2:
@@ -400,7 +437,7 @@ def main() -> None:
         )
     if args.samples:
         runs = product(args.methods, range(args.first_seed, args.first_seed + args.seeds))
-        show_samples([args.base, *(dipod.checkpoint_path(args.out, *run) for run in runs)], device)
+        show_samples([*used, *(dipod.checkpoint_path(args.out, *run) for run in runs)], device)
 
 
 if __name__ == "__main__":

@@ -749,7 +749,16 @@ def test_control_bad_input_is_one_line_and_status_2(arguments, said, monkeypatch
 
 
 def lm_args(out, base, **changes) -> argparse.Namespace:
-    defaults = {"base": base, "device": "cpu", "beta": None, "clip": None, "lr": None, "decay": False, "digits": 3}
+    defaults = {
+        "base": [base],
+        "graded": False,
+        "device": "cpu",
+        "beta": None,
+        "clip": None,
+        "lr": None,
+        "decay": False,
+        "digits": 3,
+    }
     defaults |= {"inner": 2, "prompts": 4, "steps": 4, "rows": 2, "no_drift": False, "resume": False, "out": Path(out)}
     return argparse.Namespace(**(defaults | changes))
 
@@ -758,7 +767,7 @@ def lm_args(out, base, **changes) -> argparse.Namespace:
 def base(tmp_path_factory) -> Path:
     """A base model after a few pretraining steps."""
     out = tmp_path_factory.mktemp("base")
-    return lm_task.pretrain(argparse.Namespace(base_seed=0, device="cpu", digits=3, out=out), steps=40)
+    return lm_task.pretrain("base", 0, argparse.Namespace(truth=0.7, device="cpu", digits=3, out=out), steps=40)
 
 
 def test_tokenizer_round_trip():
