@@ -336,11 +336,11 @@ def flow_elbo(velocity, action: Tensor, draws: FlowDraws, path: str = "linear") 
 
 def _solver_step(velocity, x: Tensor, time: float, num_steps: int, method: str, path: str) -> Tensor:
     """One step of dx/dt = velocity from `time` to time - 1/num_steps."""
-    step, at = _SPAN[path] / num_steps, lambda t: x.new_full((1, 1), t).expand(len(x), 1)
+    step, at = _SPAN[path] / num_steps, lambda t: x.new_full((len(x), 1), t)
     if method == "euler":
-        return x - step * _call(velocity, x, at(time))
-    middle = x - step / 2 * _call(velocity, x, at(time))
-    return x - step * _call(velocity, middle, at(time - 0.5 / num_steps))
+        return x.sub(_call(velocity, x, at(time)), alpha=step)
+    middle = x.sub(_call(velocity, x, at(time)), alpha=step / 2)
+    return x.sub(_call(velocity, middle, at(time - 0.5 / num_steps)), alpha=step)
 
 
 def _check_solver(noise: Tensor, num_steps: int, method: str, path: str) -> None:

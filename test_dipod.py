@@ -1,6 +1,7 @@
 """Tests: every formula against brute force, value and gradient. pytest -q, under 3 minutes."""
 
 import argparse
+import copy
 import itertools
 import math
 import subprocess
@@ -654,6 +655,35 @@ def test_nats_is_the_sampler_and_the_bound_lies_below(kind, tmp_path):
     error = (log_prob - numerical).abs()
     assert error[invertible].quantile(0.9) < 0.05
     assert (log_prob - bound)[invertible].mean() > 0
+
+
+@pytest.mark.parametrize("solver", ["midpoint", "euler"])
+@pytest.mark.parametrize("policy_name", ["linear", "whitened"])
+def test_the_sampler_s_field_is_the_policy_s(policy_name, solver):
+    policy = control_task.FlowPolicy(5, 3, policy_name, True, 4, solver)
+    for p in policy.parameters():
+        p.data += 0.3 * torch.randn_like(p)
+    obs, noise = torch.randn(6, 5), torch.randn(6, 3)
+    z = dipod.flow_sample(policy.velocity(obs), noise, **policy.solver)
+    assert (z - noise).abs().max() > 0.1
+    expected = policy.head.act(obs, z) if policy.head else z
+    torch.testing.assert_close(policy.act(obs, noise), expected.detach())
+
+
+def test_flat_optimizer_takes_the_steps_of_torch_s_own():
+    ours = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
+    plain = copy.deepcopy(ours)
+    flat = control_task.make_optimizer((ours[0], ours[2]), 1e-2)
+    adam = torch.optim.AdamW(plain.parameters(), 1e-2, eps=1e-5, weight_decay=0.0)
+    for _ in range(3):
+        x = 10 * torch.randn(8, 3)
+        norm = control_task.step_optimizer(flat, ours(x).square().mean())
+        adam.zero_grad()
+        plain(x).square().mean().backward()
+        torch.testing.assert_close(norm, torch.nn.utils.clip_grad_norm_(plain.parameters(), control_task.MAX_GRAD_NORM))
+        adam.step()
+        for a, b in zip(ours.parameters(), plain.parameters()):
+            torch.testing.assert_close(a, b)
 
 
 def test_ratio_is_1_before_the_first_update_and_the_loss_sees_unclipped_actions(tmp_path):
