@@ -4,8 +4,10 @@ import argparse
 import copy
 import itertools
 import math
+import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -938,26 +940,34 @@ def test_resume_equals_an_uninterrupted_run(base, tmp_path, monkeypatch):
             assert repr(parts) == repr(whole)  # bit for bit; the control task's environments start new episodes
 
 
-def test_kill_9_loses_no_reported_row_and_repeats_none(base, tmp_path):
-    options = ["lm_task.py", "--base", base, "--steps", 16, "--rows", 16, "--prompts", 2, "--out", tmp_path]
-    options += ["--methods", "fpo", "dipod", "--jobs", 2]
-    reported = set()
-    for kill_after in (3, 9, None):
-        command = [sys.executable, *map(str, options), *(["--resume"] if reported else [])]
-        process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        new = 0
+def test_kill_9_at_random_moments_loses_no_reported_row_and_repeats_none(base, tmp_path):
+    def run(out, *extra):
+        options = ["lm_task.py", "--base", base, "--steps", 16, "--rows", 16, "--prompts", 2, "--jobs", 2, "--out", out]
+        command = [sys.executable, *map(str, options), "--methods", "fpo", "dipod", *extra]
+        return subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def rows(out):
+        table = dipod.read_csv([out / "metrics.csv"])
+        return sorted(repr({k: v for k, v in row.items() if k != "wall"}) for row in table), table
+
+    whole = run(tmp_path / "whole")
+    assert whole.communicate() and whole.returncode == 0
+    reported, moment = set(), random.Random(0)
+    for kill_after in (2, 9, None):  # so many lines of this process, and a random while: between two lines
+        process, new = run(tmp_path / "parts", *(["--resume"] if reported else [])), 0
         for line in process.stdout:
             words = line.split()
             if len(words) > 4 and words[1] == "seed":
                 reported.add((words[0], int(words[4].split("/")[0])))
                 new += 1
-            if new == kill_after:
-                process.kill()
+                if new == kill_after:
+                    time.sleep(moment.uniform(0, 0.2))
+                    process.kill()
         process.wait()
-        rows = [(r["method"], int(r["step"])) for r in dipod.read_csv([tmp_path / "metrics.csv"])]
-        assert len(rows) == len(set(rows)) and reported <= set(rows)
+        here = [(r["method"], int(r["step"])) for r in rows(tmp_path / "parts")[1]]
+        assert len(here) == len(set(here)) and reported <= set(here)
         assert (process.returncode == 0) == (kill_after is None)
-    assert sorted(rows) == sorted(itertools.product(("dipod", "fpo"), range(1, 17)))
+    assert rows(tmp_path / "parts")[0] == rows(tmp_path / "whole")[0]
 
 
 def test_a_nan_stops_the_run_in_one_line_and_leaves_the_last_good_checkpoint(base, tmp_path, monkeypatch):
