@@ -5,6 +5,8 @@
     python control_task.py --policy linear                        # FPO's textbook flow
     python control_task.py --eval runs/control/dipod_0.pt         # 20 stochastic episodes, 20 with zero noise
     python control_task.py --eval runs/control/dipod_0.pt --render dipod.gif
+    python control_task.py --env TwoDoors-v0 --steps 400000       # where a Gaussian cannot win
+    python control_task.py --eval runs/control/*.pt --actions actions.png  # histograms of what they do there
     python control_task.py --benchmark --env HalfCheetah-v5       # where the time goes
 
 Actions live in [-1, 1] per dimension and are rescaled to the environment's bounds. Shapes: S steps of a rollout, E
@@ -173,6 +175,30 @@ def make_policy(settings: dict) -> nn.Module:
         return GaussianPolicy(settings["obs_dim"], settings["action_dim"])
     names = ("obs_dim", "action_dim", "policy", "head", "flow_steps", "solver")
     return FlowPolicy(*(settings[name] for name in names))
+
+
+class TwoDoors(gym.Env):
+    """A door hidden at -0.7 or +0.7 opens to an action within 0.2 of it: reward 1; four tries, nothing seen, no memory.
+
+    One side always finds 1/2 of the doors, a coin tossed at each try 15/16: a Gaussian has to choose or to stay wide.
+    """
+
+    def __init__(self):
+        self.observation_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+        self.action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.door, self.tries = self.np_random.choice((-0.7, 0.7)), 0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self.tries += 1
+        opens = bool(abs(action[0] - self.door) < 0.2)
+        return np.zeros(1, np.float32), float(opens), opens or self.tries == 4, False, {}
+
+
+gym.register("TwoDoors-v0", entry_point=TwoDoors)
 
 
 def make_envs(env: str, num_envs: int):
@@ -508,6 +534,33 @@ def render(path, file: str) -> None:
     print(f"written: {file} ({len(frames[:300])} frames)")
 
 
+@torch.no_grad()
+def draw_actions(paths: list, file: str, count: int = 20_000) -> None:
+    """Histograms of each policy's first action dimension at its environment's first observation."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(3.4, 2.9), layout="constrained")
+    for path in paths:
+        policy, statistics, settings = load_policy(path)
+        envs, generator = make_envs(settings["env"], 1), torch.Generator().manual_seed(0)
+        obs = statistics.normalize(envs.reset(seed=10**6)[0], "cpu").expand(count, -1)
+        action = policy.act(obs, torch.randn(count, settings["action_dim"], generator=generator))[:, 0]
+        style = {"histtype": "step", "linewidth": 2, "color": dipod.COLORS[settings["method"]]}
+        axis.hist(action.clamp(-1, 1), np.linspace(-1, 1, 51), density=True, label=settings["method"], **style)
+        envs.close()
+    axis.set(xlabel="action, first dimension", ylabel="density", title=settings["env"])
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False)
+    try:
+        figure.savefig(file, dpi=110)
+    except (OSError, ValueError) as e:
+        dipod.fail(f"--actions {file}: cannot write there ({e})")
+    print(f"written: {file}")
+
+
 def benchmark(args, rollouts: int = 6) -> None:
     """Env steps per second: bare environment, sampling, update, end to end."""
     import resource
@@ -560,15 +613,19 @@ def main() -> None:
     parser.add_argument(
         "--draws", type=dipod.at_least(1), help="(time, noise) draws of an action; default: the policy's own"
     )
-    parser.add_argument("--eval", metavar="CHECKPOINT", help="evaluate a trained policy and leave")
-    parser.add_argument("--render", metavar="FILE.gif", help="with --eval: also write an episode as a GIF")
+    parser.add_argument("--eval", nargs="+", metavar="CHECKPOINT", help="evaluate trained policies and leave")
+    parser.add_argument("--render", metavar="FILE.gif", help="with --eval: also an episode of the first one as a GIF")
+    parser.add_argument("--actions", metavar="FILE.png", help="with --eval: also histograms of their actions")
     parser.add_argument("--benchmark", action="store_true", help="measure speed and leave")
     args = parser.parse_args()
-    if args.render and not args.eval:
-        parser.error("--render needs --eval CHECKPOINT")
+    if (args.render or args.actions) and not args.eval:
+        parser.error("--render and --actions need --eval CHECKPOINT")
     if args.eval:
-        evaluate(args.eval)
-        return render(args.eval, args.render) if args.render else None
+        for path in args.eval:
+            evaluate(path)
+        if args.render:
+            render(args.eval[0], args.render)
+        return draw_actions(args.eval, args.actions) if args.actions else None
     make_envs(args.env, 1).close()  # a wrong name ends here, in one line, before any process starts
     dipod.join_world(dipod.pick_device(args.device))
     if args.benchmark:

@@ -39,13 +39,15 @@ SAMPLES, DRAWS = 8, 4  # of each prompt; of each completion, kept for old, new a
 LR, CLIP = 1e-3, 0.2
 
 # `loss`: which of dipod.py's losses, `score`: on what. interleave, Algorithm 1, spends every second rollout on
-# self-distillation, so that all methods have the same numbers of samples and updates. Two controls: fpo-kl is held near the
-# base model instead of tight, fpo-exact has DiPOD's term on the exact log-likelihood, where it is no pressure on the gap.
+# self-distillation, so that all methods have the same numbers of samples and updates. Three controls: fpo-kl is held near the
+# base model instead of tight, fpo-exact has DiPOD's term on the exact log-likelihood, where it is no pressure on the gap,
+# and distill only distils, to show what that does to a policy by itself.
 METHODS = {
     "fpo": {"loss": "ratio", "score": "elbo", "beta": 0.0},
     "dipod": {"loss": "ratio", "score": "elbo", "beta": 0.3},
     "positives": {"loss": "ratio", "score": "elbo", "beta": 0.0, "positives": True},
-    "interleave": {"loss": "ratio", "score": "elbo", "beta": 0.0, "interleave": True},
+    "interleave": {"loss": "ratio", "score": "elbo", "beta": 0.0, "distill_every": 2},
+    "distill": {"loss": "ratio", "score": "elbo", "beta": 0.0, "distill_every": 1},
     "fpo-kl": {"loss": "ratio", "score": "elbo", "beta": 0.0, "kl": 0.01},
     "fpo-exact": {"loss": "ratio", "score": "elbo", "beta": 0.0, "exact_beta": 0.3},
     "spg": {"loss": "spg", "mix": 0.5, "beta": 0.0},
@@ -256,7 +258,7 @@ def train(method: str, seed: int, args) -> list[dict]:
         if settings.get("positives"):
             advantages = advantages.clamp(min=0)
         now = settings
-        if settings.get("interleave") and iteration % 2:  # Algorithm 1's other half [DiPOD]
+        if (n := settings.get("distill_every")) and iteration % n == n - 1:  # Algorithm 1's other half [DiPOD]
             advantages, now = torch.zeros_like(advantages), settings | {"beta": 1.0}
         rollout, old, anchor = (tokens, maskable, draw_masks(maskable, DRAWS)), None, None
         with torch.no_grad():

@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import gymnasium
+import gymnasium.utils.env_checker
 import numpy as np
 import pytest
 import torch
@@ -672,6 +674,23 @@ def test_the_sampler_s_field_is_the_policy_s(policy_name, solver):
     torch.testing.assert_close(policy.act(obs, noise), expected.detach())
 
 
+def test_two_doors_needs_a_coin():
+    gymnasium.utils.env_checker.check_env(gymnasium.make("TwoDoors-v0").unwrapped, skip_render_check=True)
+    env, opened = control_task.TwoDoors(), {"coin": 0, "one side": 0}
+    random_sign = np.random.default_rng(0)
+    for name in opened:
+        for episode in range(2000):
+            env.reset(seed=episode)
+            done = False
+            while not done:
+                side = random_sign.choice((-1, 1)) if name == "coin" else 1
+                _, reward, done, truncated, _ = env.step(np.array([0.7 * side], np.float32))
+                assert not truncated
+            opened[name] += reward
+    assert opened["coin"] / 2000 == pytest.approx(15 / 16, abs=0.02)
+    assert opened["one side"] / 2000 == pytest.approx(1 / 2, abs=0.04)
+
+
 def test_flat_optimizer_takes_the_steps_of_torch_s_own():
     ours = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
     plain = copy.deepcopy(ours)
@@ -753,7 +772,10 @@ def test_control_end_to_end(tmp_path):
     assert len(summary) == 7 and summary[0].startswith("method,seed,final_return,area,peak,gap,alignment")
     assert (out / "figure.png").read_bytes()[:4] == b"\x89PNG"
     assert "left 0:00" in done.stdout and "dipod" in done.stdout.splitlines()[-4]
-    one, two = (run_task("control_task.py", "--eval", out / "dipod_1.pt") for _ in range(2))
+    picture = ["--actions", out / "actions.png"]
+    one, two = (run_task("control_task.py", "--eval", out / "dipod_1.pt", *more) for more in ([], picture))
+    assert (out / "actions.png").exists()
+    two.stdout = two.stdout.removesuffix(f"written: {out / 'actions.png'}\n")
     assert one.returncode == 0 and one.stdout == two.stdout and one.stdout.count("20 episodes") == 2
 
 
@@ -769,7 +791,7 @@ def test_control_end_to_end(tmp_path):
         (["--seeds", "0"], "expected a whole number >= 1, got 0"),
         (["--beta", "-1"], "expected a finite number >= 0, got -1"),
         (["--device", "cuda"], "--device cuda"),
-        (["--render", "x.gif"], "--render needs --eval"),
+        (["--render", "x.gif"], "--render and --actions need --eval"),
     ],
 )
 def test_control_bad_input_is_one_line_and_status_2(arguments, said, monkeypatch, capsys):
