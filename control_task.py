@@ -433,6 +433,8 @@ def train(method: str, seed: int, args) -> list[dict]:
     statistics = Statistics(settings["obs_dim"], envs.num_envs)
     watch = torch.Generator(device).manual_seed(seed)  # diagnostics draw from their own
     path = dipod.checkpoint_path(args.out, method, seed)
+    if rank > 0:  # other noise than rank 0's, from the same weights
+        torch.manual_seed(seed + 1000 * rank)
     if args.resume and path.exists():
         state = dipod.load_checkpoint(path, device)
         if changed := [k for k, v in settings.items() if state.get("settings", {}).get(k) != v]:
@@ -443,8 +445,6 @@ def train(method: str, seed: int, args) -> list[dict]:
         dipod.set_rng(state["rng"])
         watch.set_state(state["watch"].cpu())
         start, rows, wall = state["iteration"], state["rows"], state["wall"]
-    if rank > 0:  # other noise than rank 0's, from the same weights
-        torch.manual_seed(seed + 1000 * (rank + start))
     obs, _ = envs.reset(seed=1000 * seed + start + rank * envs.num_envs)
     size = ROLLOUT * args.num_envs
     iterations, episodes = max(2, math.ceil(args.steps / size)), []

@@ -829,16 +829,23 @@ def load_checkpoint(path: Path, device="cpu") -> dict:
         fail(f"{path}: not a readable checkpoint ({type(e).__name__})")
 
 
-def get_rng() -> list[Tensor]:
-    """State of the global generators, for a checkpoint."""
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
+def get_rng() -> list[list[Tensor]]:
+    """States of the global generators, of every process, for a checkpoint."""
+    own = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
+    states = [own] * world()[1]
+    if world()[1] > 1:
+        torch.distributed.all_gather_object(states, own)
+    return states
 
 
-def set_rng(states: list[Tensor]) -> None:
-    """Restores what `get_rng` returned."""
-    torch.set_rng_state(states[0].cpu())
-    if len(states) > 1:
-        torch.cuda.set_rng_state_all([state.cpu() for state in states[1:]])
+def set_rng(states: list[list[Tensor]]) -> None:
+    """Restores this process's part of what `get_rng` returned."""
+    rank, size = world()
+    if len(states) != size:
+        fail(f"--resume: expected {len(states)} processes, as the checkpoint had, got {size}")
+    torch.set_rng_state(states[rank][0].cpu())
+    if len(states[rank]) > 1:
+        torch.cuda.set_rng_state_all([state.cpu() for state in states[rank][1:]])
 
 
 def report(args: argparse.Namespace, row: dict, state: dict, started: float, done: float) -> None:

@@ -232,6 +232,8 @@ def train(method: str, seed: int, args) -> list[dict]:
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.01, fused=True)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0 if args.decay else 1.0, args.steps)
     start, rows, wall = 0, [], 0.0
+    if rank > 0:  # other prompts and noise than rank 0's
+        torch.manual_seed(seed + 1000 * rank)
     if args.resume and path.exists():
         state = dipod.load_checkpoint(path, device)
         for name, part in (("model", model), ("optimizer", optimizer), ("decay", decay)):
@@ -239,8 +241,6 @@ def train(method: str, seed: int, args) -> list[dict]:
         dipod.set_rng(state["rng"])
         watch.set_state(state["watch"].cpu())
         start, rows, wall = state["iteration"], state["rows"], state["wall"]
-    if rank > 0:  # other prompts and noise than rank 0's
-        torch.manual_seed(seed + 1000 * (rank + start))
     every, seen, equal, infos = max(1, args.steps // args.rows), [], [], []
     for iteration in range(start, args.steps):
         chosen = targets[torch.randint(len(targets), (own_prompts,))]

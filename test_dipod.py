@@ -1368,6 +1368,15 @@ def test_torchrun_trains_and_rank_0_alone_writes(base, tmp_path):
     done = run_task(*launcher, "lm_task.py", "--base", base, "--steps", 2, "--prompts", 2, *options)
     assert done.returncode == 0, done.stderr
     assert len(dipod.read_csv([tmp_path / "metrics.csv"])) == 2 and done.stdout.count("written to") == 1
+    more = ["--base", base, "--steps", 4, "--prompts", 2, "--methods", "dipod", "--rows", 4]
+    resumed = run_task(*launcher, "lm_task.py", *more, "--resume", "--out", tmp_path)
+    whole = run_task(*launcher, "lm_task.py", *more, "--out", tmp_path / "whole")
+    assert resumed.returncode == whole.returncode == 0, resumed.stderr + whole.stderr
+    parts, uninterrupted = (dipod.read_csv([out / "metrics.csv"]) for out in (tmp_path, tmp_path / "whole"))
+    assert repr([row | {"wall": 0} for row in parts]) == repr([row | {"wall": 0} for row in uninterrupted])
+    assert len(parts) == 4
+    alone = run_task("lm_task.py", *more, "--resume", "--out", tmp_path)
+    assert alone.returncode != 0 and "--resume: expected 2 processes" in alone.stderr
     done = run_task(*launcher, "control_task.py", "--num-envs", 4, "--steps", 1536, *options)
     assert done.returncode == 0, done.stderr
     rows = dipod.read_csv([tmp_path / "metrics.csv"])
