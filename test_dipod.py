@@ -1375,14 +1375,20 @@ def test_torchrun_trains_and_rank_0_alone_writes(base, tmp_path):
     parts, uninterrupted = (dipod.read_csv([out / "metrics.csv"]) for out in (tmp_path, tmp_path / "whole"))
     assert repr([row | {"wall": 0} for row in parts]) == repr([row | {"wall": 0} for row in uninterrupted])
     assert len(parts) == 4
-    alone = run_task("lm_task.py", *more, "--resume", "--out", tmp_path)
-    assert alone.returncode != 0 and "--resume: expected 2 processes" in alone.stderr
     done = run_task(*launcher, "control_task.py", "--num-envs", 4, "--steps", 1536, *options)
     assert done.returncode == 0, done.stderr
     rows = dipod.read_csv([tmp_path / "metrics.csv"])
     assert [row["step"] for row in rows] == [1024, 1536] and all(math.isfinite(row["gap"]) for row in rows)
-    done = run_task(*launcher, "control_task.py", "--num-envs", 3, *options)
-    assert done.returncode != 0 and "expected a multiple of 2 processes" in done.stderr
+
+
+def test_another_number_of_processes_is_refused(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        dipod.set_rng([[torch.get_rng_state()]] * 2)
+    assert "--resume: expected 2 processes, as the checkpoint had, got 1" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        dipod.share_of("--num-envs", 3)
+    assert "--num-envs 3: expected a multiple of 2 processes" in capsys.readouterr().err
 
 
 def test_a_stopped_run_says_so_in_one_line(capsys):
