@@ -414,6 +414,8 @@ def main() -> None:
     parser.add_argument("--benchmark", action="store_true", help="measure speed and leave")
     parser.set_defaults(rows=10)  # the exact likelihoods of a row cost as much as 20 iterations
     args = parser.parse_args()
+    if not 0 <= args.truth <= 1:
+        parser.error(f"--truth: expected a share in [0, 1], got {args.truth:g}")
     device = dipod.pick_device(args.device)
     if args.benchmark:
         return benchmark(args)
