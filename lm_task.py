@@ -39,15 +39,16 @@ SAMPLES, DRAWS = 8, 4  # of each prompt; of each completion, kept for old, new a
 LR, CLIP = 1e-3, 0.2
 
 # `loss`: which of dipod.py's losses, `score`: on what. interleave, Algorithm 1, spends every second rollout on
-# self-distillation, so that all methods have the same numbers of samples and updates. Three controls: fpo-kl is held near the
+# self-distillation, so that all methods have the same numbers of samples and updates. Controls: fpo-kl is held near the
 # base model instead of tight, fpo-exact has DiPOD's term on the exact log-likelihood, where it is no pressure on the gap,
-# and distill only distils, to show what that does to a policy by itself.
+# and distill only distils, distill-exact by the exact log-likelihood: what that does to a policy by itself.
 METHODS = {
     "fpo": {"loss": "ratio", "score": "elbo", "beta": 0.0},
     "dipod": {"loss": "ratio", "score": "elbo", "beta": 0.3},
     "positives": {"loss": "ratio", "score": "elbo", "beta": 0.0, "positives": True},
     "interleave": {"loss": "ratio", "score": "elbo", "beta": 0.0, "distill_every": 2},
     "distill": {"loss": "ratio", "score": "elbo", "beta": 0.0, "distill_every": 1},
+    "distill-exact": {"loss": "ratio", "score": "exact", "beta": 0.0, "distill_every": 1},
     "fpo-kl": {"loss": "ratio", "score": "elbo", "beta": 0.0, "kl": 0.01},
     "fpo-exact": {"loss": "ratio", "score": "elbo", "beta": 0.0, "exact_beta": 0.3},
     "spg": {"loss": "spg", "mix": 0.5, "beta": 0.0},
