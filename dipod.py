@@ -14,7 +14,8 @@ RL on a diffusion policy cannot evaluate log pi(a|o) and climbs its ELBO instead
 
 First drift: updates on the proxy let the gap grow. Second drift: where grad gap != 0 the proxy turns away from the true
 gradient. On policy E[grad log_prob] = 0, so E[grad elbo] = -E[grad gap]: maximising the ELBO of one's own samples
-(self-distillation) is pure descent on the gap and leaves the policy alone. DiPOD adds that term to every update.
+(self-distillation) is pure descent on the gap, which does not ask about rewards. DiPOD adds that term to every update, so
+that the reward's pull and the bound's stay together; alone, and for long, the term would close the gap at any price.
 
 Higher is better everywhere, likelihoods are in nats, and the lines that differ from PPO carry the tag [DiPOD].
 Shapes: B samples, T tokens of which L are maskable, N draws, A action dimensions, V vocabulary, P prompts of G samples.
