@@ -1026,6 +1026,9 @@ def draw_figure(rows: list[dict], panels: dict[str, str], path: Path, title: str
             axis.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
         unit = {"return": "environment steps", "reward": "RL iterations"}.get(next(iter(panels)), "updates")
         axis.set(xlabel=unit, ylabel=label)
+        if column.startswith("gap") and axis.get_ylim()[1] > 10:  # a hundredth of a nat beside hundreds
+            axis.set_yscale("symlog", linthresh=0.1)
+            axis.set_ylim(bottom=-0.1)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False)
     figure.suptitle(title)
