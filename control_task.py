@@ -76,6 +76,7 @@ class GaussianPolicy(nn.Module):
         return self.mean(obs) + self.log_std.exp() * noise
 
     def actor(self):
+        """As the flow's: there is nothing to compute once."""
         return self.act
 
     def whiten(self, obs: Tensor, action: Tensor) -> Tensor:
@@ -135,13 +136,13 @@ class FlowPolicy(nn.Module):
         return field
 
     def actor(self):
-        """act(obs, noise) -> action by these weights, to be called without autograd: what obs and x do not change is computed once."""
+        """act(obs, noise) -> action for one rollout, under no_grad: what neither obs nor x changes is computed once, here."""
         time_weight, x_weight = self.inner_in.weight.T.split((8, self.inner_in.in_features - 8))
-        obs_weight, known = self.obs_in.weight.T, (self.call_embedding @ time_weight + self.obs_in.bias)[:, None]
+        obs_weight, at_time = self.obs_in.weight.T, (self.call_embedding @ time_weight + self.obs_in.bias)[:, None]
         (w1, b1), (w2, b2) = ((layer.weight.T, layer.bias) for layer in (self.rest[1], self.rest[3]))
 
         def act(obs: Tensor, noise: Tensor) -> Tensor:
-            calls = iter(zip((obs @ obs_weight + known).unbind(), self.call_scales))  # in the solver's order of times
+            calls = iter(zip((obs @ obs_weight + at_time).unbind(), self.call_scales))  # in the solver's order of times
 
             def field(x: Tensor, time: Tensor) -> Tensor:
                 first, scale = next(calls)
