@@ -361,7 +361,7 @@ def build(method: str, seed: int, args) -> tuple:
 
 
 def make_optimizer(modules: tuple, lr: float) -> torch.optim.Optimizer:
-    """AdamW on one flat parameter of which the modules' are views: many small tensors cost a sixth of an update."""
+    """AdamW on one flat parameter of which the modules' are views: one operation where many small tensors cost many."""
     parameters = [p for module in modules for p in module.parameters()]
     sizes = [p.numel() for p in parameters]
     flat = nn.Parameter(torch.cat([p.detach().flatten() for p in parameters]))
@@ -474,11 +474,7 @@ def train(method: str, seed: int, args) -> list[dict]:
             row["return"], episodes = total / count if count else math.nan, []
             rows.append({k: row[k] for k in COLUMNS})
             state = {"settings": settings, "statistics": statistics.state(), "iteration": iteration + 1, "rows": rows}
-            state |= {
-                "policy": policy.state_dict(),
-                "value": value.state_dict(),
-                "optimizer": optimizer.state_dict(),
-            }
+            state |= {"policy": policy.state_dict(), "value": value.state_dict(), "optimizer": optimizer.state_dict()}
             state |= {"rng": dipod.get_rng(), "watch": watch.get_state(), "wall": now, "skipped": start / iterations}
             dipod.report(args, rows[-1], state, started, (iteration + 1) / iterations)
     envs.close()
@@ -528,7 +524,7 @@ def render(path, file: str) -> None:
         env = gym.make(settings["env"], render_mode="rgb_array")
         obs, _ = env.reset(seed=0)
         frames, done = [env.render()], False
-    except (gym.error.Error, ImportError, AttributeError, RuntimeError, mujoco.FatalError) as e:
+    except (gym.error.Error, ImportError, AttributeError, RuntimeError, TypeError, mujoco.FatalError) as e:
         dipod.fail(f"--render: no picture from {settings['env']} ({e}); without a screen, set MUJOCO_GL=egl or osmesa")
     low, high, generator = env.action_space.low, env.action_space.high, torch.Generator().manual_seed(0)
     while not done:

@@ -737,6 +737,8 @@ class _Defaults(argparse.RawDescriptionHelpFormatter):
 
 
 def at_least(low: int):
+    """An argparse type: whole numbers >= low."""
+
     def whole_number(text: str) -> int:
         if int(text) < low:
             raise argparse.ArgumentTypeError(f"expected a whole number >= {low}, got {text}")

@@ -125,7 +125,7 @@ class Model(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         if tokens.device.type != "cpu":  # where counting distinct rows would make the GPU wait
             return self.head(self.encoder(self.embed(tokens) + self.position))
-        tokens, row = tokens.unique(dim=0, return_inverse=True)  # a fifth to a half of masked inputs occur twice
+        tokens, row = tokens.unique(dim=0, return_inverse=True)  # equal masked inputs are evaluated once
         return self.head(self.encoder(self.embed(tokens) + self.position))[row]
 
 
@@ -413,7 +413,7 @@ def main() -> None:
     )
     parser.add_argument("--check", action="store_true", help="compare the sampler with exact likelihoods and leave")
     parser.add_argument("--benchmark", action="store_true", help="measure speed and leave")
-    parser.set_defaults(rows=10)  # the exact likelihoods of a row cost as much as 20 iterations
+    parser.set_defaults(rows=10)  # the exact likelihoods of a row cost as much as several iterations
     args = parser.parse_args()
     if not 0 <= args.truth <= 1:
         parser.error(f"--truth: expected a share in [0, 1], got {args.truth:g}")
