@@ -28,6 +28,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import statistics
 import sys
 import threading
 from collections.abc import Callable
@@ -703,7 +704,7 @@ def two_token(
 # Okabe and Ito's colour-blind safe palette; a method has one colour in every figure.
 COLORS = {"fpo": "#D55E00", "dipod": "#0072B2", "ppo": "#000000", "positives": "#009E73", "interleave": "#CC79A7"}
 COLORS |= {"fpo++": "#E69F00", "dipod++": "#56B4E9", "distill": "#999999", "exact": "#000000", "reinforce": "#999999"}
-COLORS |= {"spg": "#E69F00", "spg-dipod": "#56B4E9", "d1": "#F0E442"}
+COLORS |= {"spg": "#E69F00", "spg-dipod": "#56B4E9", "d1": "#F0E442", "dipod-mixed": "#56B4E9"}
 
 
 def task_parser(doc: str, methods, default, steps: int, unit: str, out: str) -> argparse.ArgumentParser:
@@ -1006,6 +1007,21 @@ def print_table(lines: list[dict]) -> None:
     print("\n" + "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in table))
 
 
+def print_differences(lines: list[dict]) -> None:
+    """dipod (else the first method) less each other method in `final`, over the seeds that both have: a paired t interval."""
+    t95 = 12.7, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26  # Student's t at 97.5 % for 2..10 seeds
+    name = next(k for k in lines[0] if k.startswith("final"))
+    final = {(line["method"], line["seed"]): line[name] for line in lines}
+    methods = list(dict.fromkeys(line["method"] for line in lines))
+    one = "dipod" if "dipod" in methods else methods[0]
+    for other in methods:
+        pairs = [v - final[other, s] for (m, s), v in final.items() if m == one != other and (other, s) in final]
+        if (n := len(pairs)) > 1:
+            mean, half = statistics.mean(pairs), t95[min(n, 10) - 2] * statistics.stdev(pairs) / math.sqrt(n)
+            interval = f"{mean:.3g}, 95 % interval {mean - half:.3g} to {mean + half:.3g}"
+            print(f"{one} - {other}: {interval}, above 0 on {sum(d > 0 for d in pairs)} of {n} seeds")
+
+
 def draw_figure(rows: list[dict], panels: dict[str, str], path: Path, title: str = "") -> None:
     """A panel per column, a line per method (the mean), a band over seeds (min..max)."""
     import matplotlib
@@ -1064,7 +1080,9 @@ def main() -> None:
     if args.report:
         rows = read_csv(args.report)
         score = "return" if "return" in rows[0] else "reward"
-        print_table(summarise(rows, score))
+        lines = summarise(rows, score)
+        print_table(lines)
+        print_differences(lines)
         panels = {score: score, "gap": "gap (nats)", "alignment": "alignment (cosine)"}
         return draw_figure(rows, panels, args.figure, args.title) if args.figure else None
     torch.set_num_threads(1)  # six logits

@@ -39,12 +39,14 @@ SAMPLES, DRAWS = 8, 4  # of each prompt; of each completion, kept for old, new a
 LR, CLIP = 1e-3, 0.2
 
 # `loss`: which of dipod.py's losses, `score`: on what. interleave, Algorithm 1, spends every second rollout on
-# self-distillation, so that all methods have the same numbers of samples and updates. Controls: fpo-kl is held near the
+# self-distillation, so that all methods have the same numbers of samples and updates. dipod-mixed leaves groups of equal
+# rewards, which have no advantages, to themselves: distilled, a prompt that fails eight times would keep failing. Controls: fpo-kl is held near the
 # base model instead of tight, fpo-exact has DiPOD's term on the exact log-likelihood, where it is no pressure on the gap,
 # and distill only distils, distill-exact by the exact log-likelihood: what that does to a policy by itself.
 METHODS = {
     "fpo": {"loss": "ratio", "score": "elbo", "beta": 0.0},
     "dipod": {"loss": "ratio", "score": "elbo", "beta": 0.3},
+    "dipod-mixed": {"loss": "ratio", "score": "elbo", "beta": 0.3, "mixed": True},
     "positives": {"loss": "ratio", "score": "elbo", "beta": 0.0, "positives": True},
     "interleave": {"loss": "ratio", "score": "elbo", "beta": 0.0, "distill_every": 2},
     "distill": {"loss": "ratio", "score": "elbo", "beta": 0.0, "distill_every": 1},
@@ -188,7 +190,12 @@ def loss_of(
         elbo, eubo = masked_bounds(model, tokens, draws, MASK, power=1.5)
         return spg_loss(elbo, eubo, advantages, settings["beta"], settings["mix"])
     new = score(model, settings["score"], *rollout)
-    loss, info = dipod_loss(new, old, advantages, settings["beta"], clip)
+    weight = None
+    if settings.get("mixed"):  # hardly above 0 elsewhere, for a rollout may have nothing else
+        weight = (advantages.view(-1, SAMPLES) != 0).any(1).float().clamp(min=1e-6).repeat_interleave(SAMPLES)
+    loss, info = dipod_loss(new, old, advantages, settings["beta"], clip, weight=weight)
+    if weight is not None:  # a mean over all samples, as the other methods'
+        loss = loss * weight.mean()
     if settings.get("kl"):  # on policy the gradient of half the square is that of KL(pi || base), both by their ELBOs
         loss = loss + settings["kl"] * 0.5 * (new - anchor).square().mean()
     if settings.get("exact_beta"):

@@ -917,6 +917,35 @@ def test_lm_scores_against_the_sampler_s_exact_quantities(base):
     torch.testing.assert_close(lm_task.score(model, "elbo", tokens, maskable, draws), exact[1], rtol=0, atol=0.05)
 
 
+def test_lm_mixed_regularizes_groups_with_an_advantage_alone(base):
+    model, _ = lm_task.load_model(base, "cpu")
+    torch.manual_seed(0)
+    tokens, _ = lm_task.sample_rewards(model, torch.tensor([3, 7]), 5, lm_task.SAMPLES, "cpu")
+    maskable = torch.arange(8).expand(16, -1) >= 3
+    draws, settings = dipod.draw_masks(maskable, 4), lm_task.METHODS["dipod-mixed"]
+    rollout, old = (tokens, maskable, draws), dipod.masked_elbo(model, tokens, draws, lm_task.MASK).mean(1).detach()
+
+    def gradient(loss):
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+
+    advantages = torch.cat((torch.linspace(-1, 1, 8), torch.zeros(8)))
+    loss, _ = lm_task.loss_of(settings, model, rollout, advantages, old, None, 0.2)
+    elbo = dipod.masked_elbo(model, tokens, draws, lm_task.MASK).mean(1)
+    expected = gradient(-((advantages + 0.3) * elbo)[:8].sum() / 16)  # before the first update, over the first group
+    torch.testing.assert_close(gradient(loss), expected, rtol=1e-3, atol=2e-5)
+    loss, _ = lm_task.loss_of(settings, model, rollout, torch.zeros(16), old, None, 0.2)  # nothing to learn from
+    assert gradient(loss).norm() < 1e-4 * expected.norm()
+
+
+def test_paired_differences(capsys):
+    lines = [{"method": m, "seed": s, "final_x": v} for m, s, v in (("a", 0, 3.0), ("a", 1, 5.0), ("b", 1, 1.0))]
+    dipod.print_differences(
+        [*lines, {"method": "b", "seed": 0, "final_x": 5.0}, {"method": "c", "seed": 7, "final_x": 1}]
+    )
+    # a - b = -2 and 4: mean 1, standard error 3, Student's t of one degree of freedom 12.7; c shares no seeds
+    assert capsys.readouterr().out == "a - b: 1, 95 % interval -37.1 to 39.1, above 0 on 1 of 2 seeds\n"
+
+
 def test_lm_end_to_end(base, tmp_path):
     out = tmp_path / "out"
     options = ["--base", base, "--steps", 3, "--prompts", 2, "--samples", "--out", out]
