@@ -32,11 +32,13 @@ from dipod import FlowDraws, alignment, dipod_loss, draw_flow, flow_bound, flow_
 ROLLOUT, GAMMA, LAMBDA, MAX_GRAD_NORM, MIN_TIME = 128, 0.99, 0.95, 0.5, 0.005
 
 # `fpo` and `dipod` differ in beta alone, as do `fpo++` and `dipod++`. interleave is Algorithm 1: after every `every` rollouts
-# `distill` updates of self-distillation. distill: `first` such updates of the untrained flow, then fpo++.
+# `distill` updates of self-distillation. distill: `first` such updates of the untrained flow, then fpo++. dipod-fresh takes
+# the regularizer on actions sampled at each update: on the rollout's own, epoch after epoch, it also fits those actions.
 METHODS = {
     "ppo": {"beta": 0.0, "trust_region": "ppo", "per_draw": False},
     "fpo": {"beta": 0.0, "trust_region": "ppo", "per_draw": False},
     "dipod": {"beta": 0.3, "trust_region": "ppo", "per_draw": False},
+    "dipod-fresh": {"beta": 0.3, "trust_region": "ppo", "per_draw": False, "fresh": True},
     "fpo++": {"beta": 0.0, "trust_region": "aspo", "per_draw": True},
     "dipod++": {"beta": 0.3, "trust_region": "aspo", "per_draw": True},
     "interleave": {"beta": 0.0, "trust_region": "ppo", "per_draw": False, "every": 1, "distill": 2},
@@ -355,6 +357,7 @@ def build(method: str, seed: int, args) -> tuple:
     obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     settings |= {"method": method, "seed": seed, "env": args.env, "policy": kind, "head": not args.no_head}
     settings |= {"obs_dim": obs_dim, "action_dim": action_dim, "flow_steps": args.flow_steps, "solver": args.solver}
+    settings["decay"] = args.decay
     device = dipod.pick_device(args.device)
     policy, value = make_policy(settings).to(device), mlp([obs_dim, 64, 64, 1], 1.0).to(device)
     return settings, envs, policy, value, make_optimizer((policy, value), settings["lr"])
@@ -398,9 +401,10 @@ def update(policy, value, optimizer, batch: dict, settings: dict) -> dict[str, f
             elbo = policy(x, a, FlowDraws(t, eps))
             if not settings["per_draw"]:
                 elbo, old = elbo.mean(1), old.mean(1)
-            loss, info = dipod_loss(
-                elbo, old, normalize(adv), settings["beta"], settings["clip"], settings["trust_region"]
-            )
+            beta = 0.0 if settings.get("fresh") else settings["beta"]
+            loss, info = dipod_loss(elbo, old, normalize(adv), beta, settings["clip"], settings["trust_region"])
+            if settings.get("fresh"):
+                loss = loss - settings["beta"] * fresh_elbo(policy, x, settings)  # [DiPOD]
             value_loss = nn.functional.mse_loss(value(x)[:, 0], ret)
             norms.append(step_optimizer(optimizer, loss + value_loss))
             infos.append(torch.stack([info[k] for k in ("elbo", "ratio", "clip_fraction")]))
@@ -414,15 +418,20 @@ def check_finite(norms: list[Tensor]) -> None:
         raise FloatingPointError("non-finite gradient")
 
 
-def self_distill(policy, net, optimizer, obs: Tensor, settings: dict, updates: int) -> None:
+def fresh_elbo(policy, obs: Tensor, settings: dict) -> Tensor:
+    """Mean ELBO of actions that the policy (or its DistributedDataParallel) samples now: on policy at every update."""
+    with torch.no_grad():
+        noise = torch.randn(len(obs), settings["action_dim"], device=obs.device)
+        action = getattr(policy, "module", policy).act(obs, noise)
+    return policy(obs, action, draw_flow(action, settings["draws"])).mean()
+
+
+def self_distill(policy, optimizer, obs: Tensor, settings: dict, updates: int) -> None:
     """Algorithm 1's other half: maximise the ELBO of freshly sampled actions. [DiPOD]"""
     norms = []
     for _ in range(updates):
         x = obs[torch.randint(len(obs), (settings["minibatch"],), device=obs.device)]
-        with torch.no_grad():
-            action = policy.act(x, torch.randn(len(x), settings["action_dim"], device=x.device))
-        elbo = net(x, action, draw_flow(action, settings["draws"]))
-        norms.append(step_optimizer(optimizer, -elbo.mean()))
+        norms.append(step_optimizer(optimizer, -fresh_elbo(policy, x, settings)))
     check_finite(norms)
 
 
@@ -431,6 +440,9 @@ def train(method: str, seed: int, args) -> list[dict]:
     settings, envs, policy, value, optimizer = build(method, seed, args)
     device, started, wall, rows, start = next(value.parameters()).device, monotonic(), 0.0, [], 0
     rank, nets = dipod.world()[0], (dipod.parallel(policy), dipod.parallel(value))
+    size = ROLLOUT * args.num_envs
+    iterations, episodes = max(2, math.ceil(args.steps / size)), []
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0 if args.decay else 1.0, iterations)
     statistics = Statistics(settings["obs_dim"], envs.num_envs)
     watch = torch.Generator(device).manual_seed(seed)  # diagnostics draw from their own
     path = dipod.checkpoint_path(args.out, method, seed)
@@ -440,15 +452,13 @@ def train(method: str, seed: int, args) -> list[dict]:
         state = dipod.load_checkpoint(path, device)
         if changed := [k for k, v in settings.items() if state.get("settings", {}).get(k) != v]:
             dipod.fail(f"--resume: {path} was trained with other settings ({', '.join(changed)})")
-        for name, part in (("policy", policy), ("value", value), ("optimizer", optimizer)):
+        for name, part in (("policy", policy), ("value", value), ("optimizer", optimizer), ("decay", decay)):
             part.load_state_dict(state[name])
         statistics.load(state["statistics"])
         dipod.set_rng(state["rng"])
         watch.set_state(state["watch"].cpu())
         start, rows, wall = state["iteration"], state["rows"], state["wall"]
     obs, _ = envs.reset(seed=1000 * seed + start + rank * envs.num_envs)
-    size = ROLLOUT * args.num_envs
-    iterations, episodes = max(2, math.ceil(args.steps / size)), []
     every = max(1, iterations // args.rows)
     for iteration in range(start, iterations):
         batch, obs, finished = rollout(policy, value, envs, obs, statistics, device)
@@ -456,7 +466,7 @@ def train(method: str, seed: int, args) -> list[dict]:
         try:
             if iteration == 0:  # the first rollout fills the statistics: what the networks see would change under them
                 if settings.get("first"):
-                    self_distill(policy, nets[0], optimizer, batch["obs"], settings, settings["first"])
+                    self_distill(nets[0], optimizer, batch["obs"], settings, settings["first"])
                 continue
             due = iteration == iterations - 1 or iteration % every == 0
             measured = dict.fromkeys(("gap", "alignment", "noise_floor", "invalid", "entropy"), math.nan)
@@ -464,7 +474,8 @@ def train(method: str, seed: int, args) -> list[dict]:
                 measured |= drift(policy, batch, watch)
             info = update(*nets, optimizer, batch, settings)
             if settings.get("every") and iteration % settings["every"] == 0:
-                self_distill(policy, nets[0], optimizer, batch["obs"], settings, settings["distill"])
+                self_distill(nets[0], optimizer, batch["obs"], settings, settings["distill"])
+            decay.step()
         except FloatingPointError as e:
             raise FloatingPointError(f"{method} seed {seed} step {(iteration + 1) * size}: {e}; stopped") from None
         if due:
@@ -475,7 +486,8 @@ def train(method: str, seed: int, args) -> list[dict]:
             rows.append({k: row[k] for k in COLUMNS})
             state = {"settings": settings, "statistics": statistics.state(), "iteration": iteration + 1, "rows": rows}
             state |= {"policy": policy.state_dict(), "value": value.state_dict(), "optimizer": optimizer.state_dict()}
-            state |= {"rng": dipod.get_rng(), "watch": watch.get_state(), "wall": now, "skipped": start / iterations}
+            state |= {"rng": dipod.get_rng(), "watch": watch.get_state(), "decay": decay.state_dict()}
+            state |= {"wall": now, "skipped": start / iterations}
             dipod.report(args, rows[-1], state, started, (iteration + 1) / iterations)
     envs.close()
     return rows

@@ -704,7 +704,13 @@ def two_token(
 # Okabe and Ito's colour-blind safe palette; a method has one colour in every figure.
 COLORS = {"fpo": "#D55E00", "dipod": "#0072B2", "ppo": "#000000", "positives": "#009E73", "interleave": "#CC79A7"}
 COLORS |= {"fpo++": "#E69F00", "dipod++": "#56B4E9", "distill": "#999999", "exact": "#000000", "reinforce": "#999999"}
-COLORS |= {"spg": "#E69F00", "spg-dipod": "#56B4E9", "d1": "#F0E442", "dipod-mixed": "#56B4E9"}
+COLORS |= {
+    "spg": "#E69F00",
+    "spg-dipod": "#56B4E9",
+    "d1": "#F0E442",
+    "dipod-mixed": "#56B4E9",
+    "dipod-fresh": "#009E73",
+}
 
 
 def task_parser(doc: str, methods, default, steps: int, unit: str, out: str) -> argparse.ArgumentParser:
@@ -720,6 +726,7 @@ def task_parser(doc: str, methods, default, steps: int, unit: str, out: str) -> 
     parser.add_argument("--beta", type=_positive, help="weight of the on-policy ELBO; default: the method's own")
     parser.add_argument("--clip", type=_positive, help="half-width of the trust region; default: the method's own")
     parser.add_argument("--lr", type=_positive, help="learning rate; default: the method's own")
+    parser.add_argument("--decay", action="store_true", help="decay the learning rate linearly to 0")
     parser.add_argument("--out", type=Path, default=Path(out), metavar="DIR", help="tables, figure and checkpoints")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out")
     devices = ("auto", "cpu", "cuda", "mps")

@@ -414,7 +414,6 @@ def main() -> None:
     parser.add_argument("--inner", type=dipod.at_least(1), default=2, help="updates on each rollout")
     parser.add_argument("--prompts", type=dipod.at_least(1), default=8, help="prompts of a rollout, 8 samples each")
     parser.add_argument("--digits", type=int, choices=(2, 3, 4), default=3, help="of a completion, 2*digits-1 tokens")
-    parser.add_argument("--decay", action="store_true", help="decay the learning rate linearly to 0")
     parser.add_argument(
         "--samples", action="store_true", help="print completions of the base and of each trained model"
     )

@@ -559,7 +559,7 @@ def test_two_token_beta_keeps_the_bound_tight():
 
 def control_args(out, **changes) -> argparse.Namespace:
     defaults = {"env": "Reacher-v5", "num_envs": 4, "policy": "whitened", "no_head": False, "flow_steps": 2}
-    defaults |= {"solver": "midpoint", "draws": None, "lr": None, "clip": None, "beta": None, "device": "cpu"}
+    defaults |= dict.fromkeys(("draws", "lr", "clip", "beta")) | {"solver": "midpoint", "device": "cpu", "decay": False}
     defaults |= {"steps": 1536, "rows": 2, "no_drift": False, "resume": False, "out": Path(out)}
     return argparse.Namespace(**(defaults | changes))
 
@@ -718,6 +718,26 @@ def test_ratio_is_1_before_the_first_update_and_the_loss_sees_unclipped_actions(
             group["lr"] = 0.0
         info = control_task.update(policy, value, optimizer, batch, settings)
         assert info["ratio"] == pytest.approx(1, abs=1e-5) and info["clip_fraction"] == 0
+
+
+def test_dipod_fits_the_rollout_s_actions_and_dipod_fresh_does_not(tmp_path):
+    gain = {}
+    for method in ("dipod", "dipod-fresh"):
+        settings, policy, value, optimizer, batch, _ = collect(method, tmp_path)
+        batch["advantages"] = torch.zeros_like(batch["advantages"])  # nothing but the regularizer
+        draws = dipod.draw_flow(batch["action"], 64)
+        before = policy(batch["obs"], batch["action"], draws).mean().item()
+        control_task.update(policy, value, optimizer, batch, settings | {"epochs": 40, "lr": 1e-3})
+        gain[method] = policy(batch["obs"], batch["action"], draws).mean().item() - before
+    assert gain["dipod"] > 0.02 and gain["dipod-fresh"] < 0.01
+
+
+def test_learning_rate_decays_linearly(tmp_path):
+    rates = []
+    for changes in ({"steps": 2048}, {"steps": 2048, "decay": True}):
+        control_task.train("ppo", 0, control_args(tmp_path, rows=4, **changes))
+        rates.append(torch.load(tmp_path / "ppo_0.pt", weights_only=True)["optimizer"]["param_groups"][0]["lr"])
+    assert rates[0] == 1e-3 and rates[1] == pytest.approx(1e-3 / 4)  # of 4 rollouts the first trains nothing
 
 
 def test_fpo_and_dipod_differ_in_beta_alone():
@@ -966,7 +986,7 @@ def test_lm_end_to_end(base, tmp_path):
 def test_resume_equals_an_uninterrupted_run(base, tmp_path, monkeypatch):
     for task, args in (
         (lm_task, lambda out, **k: lm_args(out, base, steps=6, rows=6, decay=True, **k)),
-        (control_task, lambda out, **k: control_args(out, steps=2048, rows=4, **k)),
+        (control_task, lambda out, **k: control_args(out, steps=2048, rows=4, decay=True, **k)),
     ):
         for name in ("whole", "parts"):
             (tmp_path / name).mkdir(exist_ok=True)
@@ -987,6 +1007,10 @@ def test_resume_equals_an_uninterrupted_run(base, tmp_path, monkeypatch):
             row.pop("wall")
         assert [r["step"] for r in parts] == [r["step"] for r in whole]
         assert repr(parts[:2]) == repr(whole[:2])
+        rates = [
+            torch.load(tmp_path / n / "dipod_0.pt")["optimizer"]["param_groups"][0]["lr"] for n in ("whole", "parts")
+        ]
+        assert rates[0] == pytest.approx(rates[1]) and rates[0] < 1e-3
         if task is lm_task:
             assert repr(parts) == repr(whole)  # bit for bit; the control task's environments start new episodes
 
@@ -1334,7 +1358,7 @@ import control_task, dipod, lm_task
 
 def control_step(rank, size):
     args = argparse.Namespace(env="Reacher-v5", policy="whitened", no_head=False, flow_steps=2, solver="midpoint", num_envs=4)
-    vars(args).update(draws=2, lr=None, clip=None, beta=None, device="cpu")
+    vars(args).update(draws=2, lr=None, decay=False, clip=None, beta=None, device="cpu")
     control_task.POLICIES["whitened"]["minibatch"] = 64
     settings, envs, policy, value, optimizer = control_task.build("dipod", 0, args)
     torch.manual_seed(1)
