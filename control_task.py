@@ -572,10 +572,7 @@ def draw_actions(paths: list, file: str, count: int = 20_000) -> None:
     axis.set(xlabel="action, first dimension", ylabel="density", title=settings["env"])
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False)
-    try:
-        figure.savefig(file, dpi=110)
-    except (OSError, ValueError) as e:
-        dipod.fail(f"--actions {file}: cannot write there ({e})")
+    dipod.save_figure(figure, file)
     print(f"written: {file}")
 
 

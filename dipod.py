@@ -723,9 +723,13 @@ def task_parser(doc: str, methods, default, steps: int, unit: str, out: str) -> 
     parser.add_argument("--first-seed", type=at_least(0), default=0, metavar="S", help="run S..S+N-1 instead")
     parser.add_argument("--jobs", type=at_least(1), default=os.cpu_count(), help="processes, one torch thread each")
     parser.add_argument("--steps", type=at_least(1), default=steps, help=f"{unit} of each run")
-    parser.add_argument("--beta", type=_positive, help="weight of the on-policy ELBO; default: the method's own")
-    parser.add_argument("--clip", type=_positive, help="half-width of the trust region; default: the method's own")
-    parser.add_argument("--lr", type=_positive, help="learning rate; default: the method's own")
+    parser.add_argument(
+        "--beta", type=at_least(0, float), help="weight of the on-policy ELBO; default: the method's own"
+    )
+    parser.add_argument(
+        "--clip", type=at_least(0, float), help="half-width of the trust region; default: the method's own"
+    )
+    parser.add_argument("--lr", type=at_least(0, float), help="learning rate; default: the method's own")
     parser.add_argument("--decay", action="store_true", help="decay the learning rate linearly to 0")
     parser.add_argument("--out", type=Path, default=Path(out), metavar="DIR", help="tables, figure and checkpoints")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out")
@@ -744,21 +748,16 @@ class _Defaults(argparse.RawDescriptionHelpFormatter):
         return action.help + ("" if plain else " (default: %(default)s)")
 
 
-def at_least(low: int):
-    """An argparse type: whole numbers >= low."""
+def at_least(low: int, kind: type = int):
+    """An argparse type: finite numbers >= low, whole ones unless `kind` is float."""
 
-    def whole_number(text: str) -> int:
-        if int(text) < low:
-            raise argparse.ArgumentTypeError(f"expected a whole number >= {low}, got {text}")
-        return int(text)
+    def number(text: str):
+        if not low <= kind(text) < math.inf:
+            sort = "whole" if kind is int else "finite"
+            raise argparse.ArgumentTypeError(f"expected a {sort} number >= {low}, got {text}")
+        return kind(text)
 
-    return whole_number
-
-
-def _positive(text: str) -> float:
-    if not 0 <= float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a finite number >= 0, got {text}")
-    return float(text)
+    return number
 
 
 def fail(message: str):
@@ -1057,11 +1056,16 @@ def draw_figure(rows: list[dict], panels: dict[str, str], path: Path, title: str
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False)
     figure.suptitle(title)
+    save_figure(figure, path)
+    plt.close(figure)
+
+
+def save_figure(figure, path) -> None:
+    """Writes a figure's PNG; one clear line if that fails."""
     try:
         figure.savefig(path, dpi=110)
     except (OSError, ValueError) as e:
         fail(f"{path}: cannot write the figure there ({e})")
-    plt.close(figure)
 
 
 def finish(rows: list[dict], args: argparse.Namespace, score: str, panels: dict[str, str], title: str = "") -> None:

@@ -108,6 +108,11 @@ def prompts(targets: Tensor, length: int) -> Tensor:
     return torch.cat((torch.stack((targets // 10, targets % 10, colon), 1), masks), 1)
 
 
+def maskable_of(tokens: Tensor) -> Tensor:
+    """(B, T) bool: the completion of each row."""
+    return (torch.arange(tokens.shape[1], device=tokens.device) >= PROMPT).expand_as(tokens)
+
+
 def split_targets(digits: int) -> tuple[Tensor, Tensor]:
     """Targets that RL trains on, and those it never sees (every fourth)."""
     targets = torch.arange(9 * digits + 1)
@@ -253,8 +258,7 @@ def train(method: str, seed: int, args) -> list[dict]:
     for iteration in range(start, args.steps):
         chosen = targets[torch.randint(len(targets), (own_prompts,))]
         tokens, right = sample_rewards(model, chosen, length, SAMPLES, device)
-        maskable = torch.zeros_like(tokens, dtype=torch.bool)
-        maskable[:, PROMPT:] = True
+        maskable = maskable_of(tokens)
         advantages = group_advantages(rewards(tokens, args.graded).view(-1, SAMPLES))
         seen.append(right.mean())
         equal.append((advantages == 0).all(1).float().mean())
@@ -325,10 +329,8 @@ def check_sampler(path: Path, device, draws: int = 20_000) -> None:
     tokens, _ = sample_rewards(model, torch.tensor([13]), 2 * digits - 1, draws, device)
     distinct, counts = tokens.unique(dim=0, return_counts=True)
     distinct, counts = (x[counts.argsort(descending=True)[:500]] for x in (distinct, counts))
-    maskable = torch.zeros_like(distinct, dtype=torch.bool)
-    maskable[:, PROMPT:] = True
     with torch.no_grad():
-        exact = exact_likelihood(model, distinct, maskable, MASK)[0].exp()
+        exact = exact_likelihood(model, distinct, maskable_of(distinct), MASK)[0].exp()
     # the likeliest, not the most frequent: those were chosen for having been drawn too often
     print(f"{draws} completions of `13:`; the 12 likeliest. z: (observed - exact) in standard errors")
     for i in exact.argsort(descending=True)[:12].tolist():
@@ -345,8 +347,7 @@ def benchmark(args) -> None:
     device, length = dipod.pick_device(args.device), 2 * args.digits - 1
     model, targets = Model(PROMPT + length).to(device), split_targets(args.digits)[0]
     tokens, _ = sample_rewards(model, targets[:8], length, SAMPLES, device)
-    maskable = torch.zeros_like(tokens, dtype=torch.bool)
-    maskable[:, PROMPT:] = True
+    maskable = maskable_of(tokens)
     draws = draw_masks(maskable, DRAWS)
     inputs = torch.where(draws.mask, MASK, tokens[:, None]).flatten(0, 1)
 
@@ -373,18 +374,14 @@ def benchmark(args) -> None:
         f"  ELBO and gradient {n / elbo_both:8.0f} evaluations/s, {bare_both / elbo_both:.2f} of a bare forward and backward"
     )
     print(f"  exact likelihood  {len(tokens) / exact:8.0f} completions/s")
-    args.base, args.steps, args.rows, args.no_drift = [pretrain_nothing(args, model)], 30, 1, True
+    untrained = args.out / "untrained.pt"  # enough to measure speed
+    dipod.make_directory(args.out)
+    dipod.save_checkpoint(untrained, {"model": model.state_dict(), "digits": args.digits, "rows": []})
+    args.base, args.steps, args.rows, args.no_drift = [untrained], 30, 1, True
     begun = monotonic()
     train("dipod", 0, args)
     print(f"  end to end        {args.steps / (monotonic() - begun):8.1f} iterations/s of dipod")
     print(f"  peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
-
-
-def pretrain_nothing(args, model: Model) -> Path:
-    """Saves an untrained model, enough to measure speed."""
-    dipod.make_directory(args.out)
-    dipod.save_checkpoint(args.out / "untrained.pt", {"model": model.state_dict(), "digits": args.digits, "rows": []})
-    return args.out / "untrained.pt"
 
 
 def pretrain_bases(args) -> list[Path]:
