@@ -1055,7 +1055,8 @@ def test_a_nan_stops_the_run_in_one_line_and_leaves_the_last_good_checkpoint(bas
         def poisoned(a, row, state, started, done, report=report, task=task, loss=loss):
             report(a, row, state, started, done)
             if len(state["rows"]) == 2:
-                monkeypatch.setattr(task, "dipod_loss", lambda *x: (loss(*x)[0] * math.nan, loss(*x)[1]))
+                nan = lambda *x, loss=loss, **k: (loss(*x, **k)[0] * math.nan, loss(*x, **k)[1])
+                monkeypatch.setattr(task, "dipod_loss", nan)
 
         monkeypatch.setattr(dipod, "report", poisoned)
         with pytest.raises(FloatingPointError, match="dipod seed 0 step .*: non-finite gradient"):
