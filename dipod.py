@@ -378,8 +378,8 @@ def flow_sample(velocity, noise: Tensor, num_steps: int, method: str = "midpoint
 # The paper's method, Algorithms 1 and 2. FPO puts exp(elbo - old_elbo) where PPO (arXiv 1707.06347) has the likelihood ratio.
 # Before the first update (ratio 1, nothing clipped) Algorithm 2's gradient is E[(A + beta) grad elbo]: DiPOD is then an
 # advantage shifted by beta. Algorithm 1, which interleaves self-distillation, is `beta * elbo` alone on fresh samples.
-# The term is on policy at a rollout's first update. Repeated on the same samples it also fits them (control_task.py's
-# dipod-fresh samples anew), and where all rewards are equal nothing holds the policy meanwhile (lm_task.py's dipod-mixed).
+# The term is on policy at a rollout's first update. Repeated on the same samples it also fits them; control_task.py's
+# dipod-fresh samples anew.
 
 
 def _weighted_mean(weight: Tensor | None, size: Tensor) -> Callable[[Tensor], Tensor]:
@@ -706,13 +706,8 @@ def two_token(
 # Okabe and Ito's colour-blind safe palette; a method has one colour in every figure.
 COLORS = {"fpo": "#D55E00", "dipod": "#0072B2", "ppo": "#000000", "positives": "#009E73", "interleave": "#CC79A7"}
 COLORS |= {"fpo++": "#E69F00", "dipod++": "#56B4E9", "distill": "#999999", "exact": "#000000", "reinforce": "#999999"}
-COLORS |= {
-    "spg": "#E69F00",
-    "spg-dipod": "#56B4E9",
-    "d1": "#F0E442",
-    "dipod-mixed": "#56B4E9",
-    "dipod-fresh": "#009E73",
-}
+COLORS |= {"spg": "#E69F00", "spg-dipod": "#56B4E9", "d1": "#F0E442"}
+COLORS |= {"dipod-mixed": "#56B4E9", "dipod-fresh": "#009E73"}
 
 
 def task_parser(doc: str, methods, default, steps: int, unit: str, out: str) -> argparse.ArgumentParser:
@@ -725,13 +720,10 @@ def task_parser(doc: str, methods, default, steps: int, unit: str, out: str) -> 
     parser.add_argument("--first-seed", type=at_least(0), default=0, metavar="S", help="run S..S+N-1 instead")
     parser.add_argument("--jobs", type=at_least(1), default=os.cpu_count(), help="processes, one torch thread each")
     parser.add_argument("--steps", type=at_least(1), default=steps, help=f"{unit} of each run")
-    parser.add_argument(
-        "--beta", type=at_least(0, float), help="weight of the on-policy ELBO; default: the method's own"
-    )
-    parser.add_argument(
-        "--clip", type=at_least(0, float), help="half-width of the trust region; default: the method's own"
-    )
-    parser.add_argument("--lr", type=at_least(0, float), help="learning rate; default: the method's own")
+    own = "default: the method's own"
+    parser.add_argument("--beta", type=at_least(0, float), help=f"weight of the on-policy ELBO; {own}")
+    parser.add_argument("--clip", type=at_least(0, float), help=f"half-width of the trust region; {own}")
+    parser.add_argument("--lr", type=at_least(0, float), help=f"learning rate; {own}")
     parser.add_argument("--decay", action="store_true", help="decay the learning rate linearly to 0")
     parser.add_argument("--out", type=Path, default=Path(out), metavar="DIR", help="tables, figure and checkpoints")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out")
@@ -1017,7 +1009,7 @@ def print_table(lines: list[dict]) -> None:
 
 def print_differences(lines: list[dict]) -> None:
     """dipod (else the first method) less each other method in `final`, over the seeds that both have: a paired t interval."""
-    t95 = 12.7, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26  # Student's t at 97.5 % for 2..10 seeds
+    t95 = 12.7, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26  # Student's t, 2..10 seeds
     name = next(k for k in lines[0] if k.startswith("final"))
     final = {(line["method"], line["seed"]): line[name] for line in lines}
     methods = list(dict.fromkeys(line["method"] for line in lines))
