@@ -349,7 +349,7 @@ def build(method: str, seed: int, args) -> tuple:
     """Everything a run starts from: settings, environments, policy, value function and their optimiser."""
     kind = "gaussian" if method == "ppo" else args.policy
     settings = POLICIES[kind] | METHODS[method]
-    settings |= {k: v for k in ("lr", "clip", "draws") if (v := getattr(args, k)) is not None}
+    settings |= {k: v for k in ("lr", "clip", "draws", "epochs") if (v := getattr(args, k)) is not None}
     settings["beta"] = settings["beta"] if args.beta is None or settings["beta"] == 0 else args.beta
     settings["minibatch"] = dipod.share_of("minibatch", settings["minibatch"])
     torch.manual_seed(seed)
@@ -629,6 +629,7 @@ def main() -> None:
     parser.add_argument(
         "--draws", type=dipod.at_least(1), help="(time, noise) draws of an action; default: the policy's own"
     )
+    parser.add_argument("--epochs", type=dipod.at_least(1), help="passes over each rollout; default: the policy's own")
     parser.add_argument("--eval", nargs="+", metavar="CHECKPOINT", help="evaluate trained policies and leave")
     parser.add_argument("--render", metavar="FILE.gif", help="with --eval: also an episode of the first one as a GIF")
     parser.add_argument("--actions", metavar="FILE.png", help="with --eval: also histograms of their actions")

@@ -1008,14 +1008,12 @@ def print_table(lines: list[dict]) -> None:
 
 
 def print_differences(lines: list[dict]) -> None:
-    """dipod (else the first method) less each other method in `final`, over the seeds that both have: a paired t interval."""
+    """Differences of each two methods in `final` over the seeds that both have, with a paired t interval."""
     t95 = 12.7, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26  # Student's t, 2..10 seeds
     name = next(k for k in lines[0] if k.startswith("final"))
     final = {(line["method"], line["seed"]): line[name] for line in lines}
-    methods = list(dict.fromkeys(line["method"] for line in lines))
-    one = "dipod" if "dipod" in methods else methods[0]
-    for other in methods:
-        pairs = [v - final[other, s] for (m, s), v in final.items() if m == one != other and (other, s) in final]
+    for one, other in combinations(dict.fromkeys(line["method"] for line in lines), 2):
+        pairs = [v - final[other, s] for (m, s), v in final.items() if m == one and (other, s) in final]
         if (n := len(pairs)) > 1:
             mean, half = statistics.mean(pairs), t95[min(n, 10) - 2] * statistics.stdev(pairs) / math.sqrt(n)
             interval = f"{mean:.3g}, 95 % interval {mean - half:.3g} to {mean + half:.3g}"

@@ -36,7 +36,7 @@ from dipod import (
 CHARS, MASK = "0123456789+-:", 13  # MASK is an input only: the model has no output for it
 PLUS, MINUS, PROMPT = CHARS.index("+"), CHARS.index("-"), 3
 SAMPLES, DRAWS = 8, 4  # of each prompt; of each completion, kept for old, new and all inner updates
-LR, CLIP = 1e-3, 0.2
+LR, CLIP = 3e-4, 0.2
 
 # `loss`: which of dipod.py's losses, `score`: on what. interleave, Algorithm 1, spends every second rollout on
 # self-distillation, so that all methods have the same numbers of samples and updates. Controls: dipod-mixed leaves groups of
@@ -408,7 +408,7 @@ def main() -> None:
     )
     parser.add_argument("--truth", type=float, default=0.7, help="share of true statements in the pretraining")
     parser.add_argument("--graded", action="store_true", help="train on 1/(1+error) instead of right or wrong")
-    parser.add_argument("--inner", type=dipod.at_least(1), default=2, help="updates on each rollout")
+    parser.add_argument("--inner", type=dipod.at_least(1), default=8, help="updates on each rollout")
     parser.add_argument("--prompts", type=dipod.at_least(1), default=8, help="prompts of a rollout, 8 samples each")
     parser.add_argument("--digits", type=int, choices=(2, 3, 4), default=3, help="of a completion, 2*digits-1 tokens")
     parser.add_argument(
@@ -439,10 +439,6 @@ def main() -> None:
         print(f"base model {path}: reward {shares[0]:.3f}, on held-out targets {shares[1]:.3f}")
     rows = dipod.launch(train, args, COLUMNS)
     dipod.finish(rows, args, "reward", PANELS, f"lr {LR if args.lr is None else args.lr:g}, {args.inner} inner updates")
-    if args.lr is None and args.inner == 2:
-        print(
-            f"Mind: {LR:g} is a hot learning rate, where the drift is plain; README.md has the curve over learning rates."
-        )
     if args.samples:
         runs = product(args.methods, range(args.first_seed, args.first_seed + args.seeds))
         show_samples([*used, *(dipod.checkpoint_path(args.out, *run) for run in runs)], device)
