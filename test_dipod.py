@@ -741,6 +741,12 @@ def test_learning_rate_decays_linearly(tmp_path):
     assert rates[0] == 1e-3 and rates[1] == pytest.approx(1e-3 / 4)  # of 4 rollouts the first trains nothing
 
 
+def test_flags_replace_the_method_s_own_settings(tmp_path):
+    flags = {"lr": 0.5, "clip": 0.6, "draws": 3, "epochs": 7, "beta": 0.9}
+    assert flags.items() <= control_task.build("dipod", 0, control_args(tmp_path, **flags))[0].items()
+    assert control_task.build("fpo", 0, control_args(tmp_path, **flags))[0]["beta"] == 0  # or it were not FPO
+
+
 def test_fpo_and_dipod_differ_in_beta_alone():
     for plain, ours in (("fpo", "dipod"), ("fpo++", "dipod++")):
         different = {
