@@ -2,6 +2,7 @@
 
     python lm_task.py                                     # pretrain, then fpo, dipod, positives from the same base
     python lm_task.py --seeds 5                           # seed s starts from base model s mod 3
+    python lm_task.py --lr 1e-3 --inner 2                 # large steps, where the drift is plainest
     python lm_task.py --base runs/lm/base_0.pt            # reuse a base model
     python lm_task.py --base runs/lm/base_0.pt --check    # the sampler's frequencies beside the exact likelihoods
     python lm_task.py --samples                           # also print completions of the base and the trained models
