@@ -349,7 +349,7 @@ def build(method: str, seed: int, args) -> tuple:
     """Everything a run starts from: settings, environments, policy, value function and their optimiser."""
     kind = "gaussian" if method == "ppo" else args.policy
     settings = POLICIES[kind] | METHODS[method]
-    settings |= {k: v for k in ("lr", "clip", "draws", "epochs") if (v := getattr(args, k)) is not None}
+    settings |= {k: v for k in ("lr", "clip", "draws", "epochs", "minibatch") if (v := getattr(args, k)) is not None}
     settings["beta"] = settings["beta"] if args.beta is None or settings["beta"] == 0 else args.beta
     settings["minibatch"] = dipod.share_of("minibatch", settings["minibatch"])
     torch.manual_seed(seed)
@@ -357,22 +357,31 @@ def build(method: str, seed: int, args) -> tuple:
     obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     settings |= {"method": method, "seed": seed, "env": args.env, "policy": kind, "head": not args.no_head}
     settings |= {"obs_dim": obs_dim, "action_dim": action_dim, "flow_steps": args.flow_steps, "solver": args.solver}
-    settings["decay"] = args.decay
+    settings |= {"decay": args.decay, "std_lr": args.std_lr}
     device = dipod.pick_device(args.device)
     policy, value = make_policy(settings).to(device), mlp([obs_dim, 64, 64, 1], 1.0).to(device)
-    return settings, envs, policy, value, make_optimizer((policy, value), settings["lr"])
+    return settings, envs, policy, value, make_optimizer((policy, value), settings["lr"], args.std_lr)
 
 
-def make_optimizer(modules: tuple, lr: float) -> torch.optim.Optimizer:
-    """AdamW on one flat parameter of which the modules' are views: one operation where many small tensors cost many."""
+def make_optimizer(modules: tuple, lr: float, std_lr: float = 1.0) -> torch.optim.Optimizer:
+    """AdamW on flat parameters of which the modules' are views: one operation where many small tensors cost many.
+
+    One, unless a Gaussian's log std, the policy's first parameter, is to have a learning rate of its own, std_lr * lr.
+    """
     parameters = [p for module in modules for p in module.parameters()]
     sizes = [p.numel() for p in parameters]
-    flat = nn.Parameter(torch.cat([p.detach().flatten() for p in parameters]))
-    flat.grad = torch.zeros_like(flat)
-    for p, weight, gradient in zip(parameters, flat.detach().split(sizes), flat.grad.split(sizes)):
+    flat = torch.cat([p.detach().flatten() for p in parameters])
+    gradients = torch.zeros_like(flat)
+    for p, weight, gradient in zip(parameters, flat.split(sizes), gradients.split(sizes)):
         p.data, p.grad = weight.view_as(p), gradient.view_as(p)
-    optimizer = torch.optim.AdamW([flat], lr, eps=1e-5, weight_decay=0.0, fused=True)
-    optimizer.gradients = flat.grad.split([sum(p.numel() for p in module.parameters()) for module in modules])
+    named, groups = modules[0].named_parameters(), []
+    std = sum(p.numel() for name, p in named if name.endswith("log_std")) if std_lr != 1 else 0
+    for part, rate in ((slice(std), std_lr * lr), (slice(std, None), lr)):
+        group = nn.Parameter(flat[part])
+        group.grad = gradients[part]
+        groups += [{"params": [group], "lr": rate}] if group.numel() else []
+    optimizer = torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0, fused=True)
+    optimizer.gradients = gradients.split([sum(p.numel() for p in module.parameters()) for module in modules])
     return optimizer
 
 
@@ -630,6 +639,9 @@ def main() -> None:
         "--draws", type=dipod.at_least(1), help="(time, noise) draws of an action; default: the policy's own"
     )
     parser.add_argument("--epochs", type=dipod.at_least(1), help="passes over each rollout; default: the policy's own")
+    parser.add_argument("--minibatch", type=dipod.at_least(2), help="samples of an update; default: the policy's own")
+    std_help = "learning rate of the Gaussian's log std, times --lr"
+    parser.add_argument("--std-lr", type=dipod.at_least(0, float), default=1.0, help=std_help)
     parser.add_argument("--eval", nargs="+", metavar="CHECKPOINT", help="evaluate trained policies and leave")
     parser.add_argument("--render", metavar="FILE.gif", help="with --eval: also an episode of the first one as a GIF")
     parser.add_argument("--actions", metavar="FILE.png", help="with --eval: also histograms of their actions")

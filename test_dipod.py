@@ -559,8 +559,8 @@ def test_two_token_beta_keeps_the_bound_tight():
 
 def control_args(out, **changes) -> argparse.Namespace:
     defaults = {"env": "Reacher-v5", "num_envs": 4, "policy": "whitened", "no_head": False, "flow_steps": 2}
-    defaults |= dict.fromkeys(("draws", "epochs", "lr", "clip", "beta"))
-    defaults |= {"solver": "midpoint", "device": "cpu", "decay": False}
+    defaults |= dict.fromkeys(("draws", "epochs", "minibatch", "lr", "clip", "beta"))
+    defaults |= {"solver": "midpoint", "device": "cpu", "decay": False, "std_lr": 1.0}
     defaults |= {"steps": 1536, "rows": 2, "no_drift": False, "resume": False, "out": Path(out)}
     return argparse.Namespace(**(defaults | changes))
 
@@ -709,6 +709,24 @@ def test_flat_optimizer_takes_the_steps_of_torch_s_own():
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("method", ["ppo", "dipod"])
+def test_std_lr_is_the_learning_rate_of_the_log_std_alone(method, tmp_path):
+    moved = {}
+    for std_lr in (1.0, 3.0):
+        settings, policy, value, optimizer, batch, _ = collect(method, tmp_path, std_lr=std_lr)
+        before = {name: p.clone() for name, p in policy.named_parameters()}
+        settings |= {
+            "epochs": 1,
+            "minibatch": len(batch["obs"]),
+        }  # one update: Adam's first step is lr * sign(gradient)
+        control_task.update(policy, value, optimizer, batch, settings)
+        moved[std_lr] = {name: (p - before[name]).abs().max().item() for name, p in policy.named_parameters()}
+    for name, distance in moved[1.0].items():
+        factor = 3.0 if name.endswith("log_std") else 1.0
+        assert moved[3.0][name] == pytest.approx(factor * distance, rel=1e-3, abs=1e-9)
+    assert any(name.endswith("log_std") for name in moved[1.0])
+
+
 def test_ratio_is_1_before_the_first_update_and_the_loss_sees_unclipped_actions(tmp_path):
     for method in ("ppo", "dipod", "fpo++"):
         settings, policy, value, optimizer, batch, _ = collect(method, tmp_path)
@@ -742,7 +760,7 @@ def test_learning_rate_decays_linearly(tmp_path):
 
 
 def test_flags_replace_the_method_s_own_settings(tmp_path):
-    flags = {"lr": 0.5, "clip": 0.6, "draws": 3, "epochs": 7, "beta": 0.9}
+    flags = {"lr": 0.5, "clip": 0.6, "draws": 3, "epochs": 7, "minibatch": 32, "beta": 0.9}
     assert flags.items() <= control_task.build("dipod", 0, control_args(tmp_path, **flags))[0].items()
     assert control_task.build("fpo", 0, control_args(tmp_path, **flags))[0]["beta"] == 0  # or it were not FPO
 
@@ -1370,7 +1388,7 @@ import control_task, dipod, lm_task
 
 def control_step(rank, size):
     args = argparse.Namespace(env="Reacher-v5", policy="whitened", no_head=False, flow_steps=2, solver="midpoint", num_envs=4)
-    vars(args).update(draws=2, epochs=None, lr=None, decay=False, clip=None, beta=None, device="cpu")
+    vars(args).update(draws=2, epochs=None, minibatch=None, std_lr=1.0, lr=None, decay=False, clip=None, beta=None, device="cpu")
     control_task.POLICIES["whitened"]["minibatch"] = 64
     settings, envs, policy, value, optimizer = control_task.build("dipod", 0, args)
     torch.manual_seed(1)
