@@ -38,6 +38,7 @@ METHODS = {
     "ppo": {"beta": 0.0, "trust_region": "ppo", "per_draw": False},
     "fpo": {"beta": 0.0, "trust_region": "ppo", "per_draw": False},
     "dipod": {"beta": 0.3, "trust_region": "ppo", "per_draw": False},
+    "dipod-ratio": {"beta": 0.3, "trust_region": "ppo", "per_draw": False, "importance": True},
     "dipod-fresh": {"beta": 0.3, "trust_region": "ppo", "per_draw": False, "fresh": True},
     "fpo++": {"beta": 0.0, "trust_region": "aspo", "per_draw": True},
     "dipod++": {"beta": 0.3, "trust_region": "aspo", "per_draw": True},
@@ -357,7 +358,7 @@ def build(method: str, seed: int, args) -> tuple:
     obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     settings |= {"method": method, "seed": seed, "env": args.env, "policy": kind, "head": not args.no_head}
     settings |= {"obs_dim": obs_dim, "action_dim": action_dim, "flow_steps": args.flow_steps, "solver": args.solver}
-    settings |= {"decay": args.decay, "std_lr": args.std_lr}
+    settings |= {"decay": args.decay, "decay_beta": args.decay_beta, "std_lr": args.std_lr}
     device = dipod.pick_device(args.device)
     policy, value = make_policy(settings).to(device), mlp([obs_dim, 64, 64, 1], 1.0).to(device)
     return settings, envs, policy, value, make_optimizer((policy, value), settings["lr"], args.std_lr)
@@ -411,7 +412,9 @@ def update(policy, value, optimizer, batch: dict, settings: dict) -> dict[str, f
             if not settings["per_draw"]:
                 elbo, old = elbo.mean(1), old.mean(1)
             beta = 0.0 if settings.get("fresh") else settings["beta"]
-            loss, info = dipod_loss(elbo, old, normalize(adv), beta, settings["clip"], settings["trust_region"])
+            importance = settings.get("importance", False)
+            region = settings["clip"], settings["trust_region"]
+            loss, info = dipod_loss(elbo, old, normalize(adv), beta, *region, importance=importance)
             if settings.get("fresh"):
                 loss = loss - settings["beta"] * fresh_elbo(policy, x, settings)  # [DiPOD]
             value_loss = nn.functional.mse_loss(value(x)[:, 0], ret)
@@ -481,7 +484,8 @@ def train(method: str, seed: int, args) -> list[dict]:
             measured = dict.fromkeys(("gap", "alignment", "noise_floor", "invalid", "entropy"), math.nan)
             if due and method != "ppo" and not args.no_drift:
                 measured |= drift(policy, batch, watch)
-            info = update(*nets, optimizer, batch, settings)
+            left = 1 - iteration / iterations if args.decay_beta else 1.0
+            info = update(*nets, optimizer, batch, settings | {"beta": settings["beta"] * left})
             if settings.get("every") and iteration % settings["every"] == 0:
                 self_distill(nets[0], optimizer, batch["obs"], settings, settings["distill"])
             decay.step()

@@ -47,6 +47,7 @@ LR, CLIP = 3e-4, 0.2
 METHODS = {
     "fpo": {"loss": "ratio", "score": "elbo", "beta": 0.0},
     "dipod": {"loss": "ratio", "score": "elbo", "beta": 0.3},
+    "dipod-ratio": {"loss": "ratio", "score": "elbo", "beta": 0.3, "importance": True},
     "dipod-mixed": {"loss": "ratio", "score": "elbo", "beta": 0.3, "mixed": True},
     "positives": {"loss": "ratio", "score": "elbo", "beta": 0.0, "positives": True},
     "interleave": {"loss": "ratio", "score": "elbo", "beta": 0.0, "distill_every": 2},
@@ -199,7 +200,8 @@ def loss_of(
     weight = None
     if settings.get("mixed"):  # hardly above 0 elsewhere, for a rollout may have nothing else
         weight = (advantages.view(-1, SAMPLES) != 0).any(1).float().clamp(min=1e-6).repeat_interleave(SAMPLES)
-    loss, info = dipod_loss(new, old, advantages, settings["beta"], clip, weight=weight)
+    importance = settings.get("importance", False)
+    loss, info = dipod_loss(new, old, advantages, settings["beta"], clip, weight=weight, importance=importance)
     if weight is not None:  # a mean over all samples, as the other methods'
         loss = loss * weight.mean()
     if settings.get("kl"):  # on policy the gradient of half the square is that of KL(pi || base), both by their ELBOs
@@ -270,7 +272,8 @@ def train(method: str, seed: int, args) -> list[dict]:
             measured |= drift(model, tokens, maskable, right, advantages)
         if settings.get("positives"):
             advantages = advantages.clamp(min=0)
-        now = settings
+        left = 1 - iteration / args.steps if args.decay_beta else 1.0
+        now = settings | {"beta": settings["beta"] * left}
         if (n := settings.get("distill_every")) and iteration % n == n - 1:  # Algorithm 1's other half [DiPOD]
             advantages, now = torch.zeros_like(advantages), settings | {"beta": 1.0}
         rollout, old, anchor = (tokens, maskable, draw_masks(maskable, DRAWS)), None, None

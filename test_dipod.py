@@ -468,6 +468,38 @@ def test_before_the_first_update_dipod_is_an_advantage_shifted_by_beta():
         same_value_and_gradient(plain, fpo, model.logits)
 
 
+def test_importance_weights_the_regularizer_by_the_ratio():
+    old, weight = torch.randn(5, 3, dtype=torch.float64), torch.tensor([0.0, 1, 2, 3, 4], dtype=torch.float64)
+    elbo = (old + 0.4 * torch.randn_like(old)).requires_grad_()
+    loss, info = dipod.dipod_loss(elbo, old, weight, 0.3, 0.2, weight=weight, importance=True)
+    plain, _ = dipod.dipod_loss(elbo, old, weight, 0.0, 0.2, weight=weight)
+    ratio = (weight * (elbo - old).exp().mean(1)).sum() / 10
+    same_value_and_gradient(loss, plain - 0.3 * ratio, elbo)
+    torch.testing.assert_close(info["ratio"], ratio.detach())
+
+
+def test_importance_is_no_pressure_on_a_tight_policy_and_closes_a_loose_one_s_gap():
+    tokens, maskable = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]]), torch.ones(4, 2, dtype=torch.bool)
+    old_model, tight, loose = Table(2, 2), Table(2, 2), Table(2, 2)
+    for model in (old_model, tight):  # independent tokens, the same logits in every context
+        model.logits.data[:] = model.logits.data[0]
+    with torch.no_grad():
+        old = dipod.exact_likelihood(old_model, tokens, maskable, 2)[0]
+
+    def pull(model, importance):  # the regularizer's expectation under the old policy
+        elbo, zeros = dipod.exact_likelihood(model, tokens, maskable, 2)[1], torch.zeros_like(old)
+        loss, _ = dipod.dipod_loss(elbo, old, zeros, 1.0, weight=old.exp(), importance=importance)
+        return elbo.exp().sum(), -loss
+
+    assert gradient(pull(tight, True)[1], tight.logits).abs().max() < 1e-12
+    assert gradient(pull(tight, False)[1], tight.logits).abs().max() > 0.01  # fits the old policy's samples
+    same_value_and_gradient(*pull(loose, True), loose.logits)
+    mass = pull(loose, True)[0].item()
+    for _ in range(300):
+        loose.logits.data += 2 * gradient(pull(loose, True)[1], loose.logits)
+    assert mass < 0.95 and 0.995 < pull(loose, True)[0].item() <= 1 + 1e-9
+
+
 def test_log_ratio_cap_is_straight_through_and_old_elbo_a_constant():
     elbo, old = torch.tensor([50.0], requires_grad=True), torch.tensor([0.0], requires_grad=True)
     loss, _ = dipod.dipod_loss(elbo, old, torch.tensor([-1.0]), beta=0.0)
@@ -560,7 +592,7 @@ def test_two_token_beta_keeps_the_bound_tight():
 def control_args(out, **changes) -> argparse.Namespace:
     defaults = {"env": "Reacher-v5", "num_envs": 4, "policy": "whitened", "no_head": False, "flow_steps": 2}
     defaults |= dict.fromkeys(("draws", "epochs", "minibatch", "lr", "clip", "beta"))
-    defaults |= {"solver": "midpoint", "device": "cpu", "decay": False, "std_lr": 1.0}
+    defaults |= {"solver": "midpoint", "device": "cpu", "decay": False, "decay_beta": False, "std_lr": 1.0}
     defaults |= {"steps": 1536, "rows": 2, "no_drift": False, "resume": False, "out": Path(out)}
     return argparse.Namespace(**(defaults | changes))
 
@@ -739,16 +771,16 @@ def test_ratio_is_1_before_the_first_update_and_the_loss_sees_unclipped_actions(
         assert info["ratio"] == pytest.approx(1, abs=1e-5) and info["clip_fraction"] == 0
 
 
-def test_dipod_fits_the_rollout_s_actions_and_dipod_fresh_does_not(tmp_path):
+def test_dipod_fits_the_rollout_s_actions_and_its_two_variants_do_not(tmp_path):
     gain = {}
-    for method in ("dipod", "dipod-fresh"):
+    for method in ("dipod", "dipod-fresh", "dipod-ratio"):
         settings, policy, value, optimizer, batch, _ = collect(method, tmp_path)
         batch["advantages"] = torch.zeros_like(batch["advantages"])  # nothing but the regularizer
         draws = dipod.draw_flow(batch["action"], 64)
         before = policy(batch["obs"], batch["action"], draws).mean().item()
         control_task.update(policy, value, optimizer, batch, settings | {"epochs": 40, "lr": 1e-3})
         gain[method] = policy(batch["obs"], batch["action"], draws).mean().item() - before
-    assert gain["dipod"] > 0.02 and gain["dipod-fresh"] < 0.01
+    assert gain["dipod"] > 0.02 and max(gain["dipod-fresh"], gain["dipod-ratio"]) < 0.01
 
 
 def test_learning_rate_decays_linearly(tmp_path):
@@ -757,6 +789,18 @@ def test_learning_rate_decays_linearly(tmp_path):
         control_task.train("ppo", 0, control_args(tmp_path, rows=4, **changes))
         rates.append(torch.load(tmp_path / "ppo_0.pt", weights_only=True)["optimizer"]["param_groups"][0]["lr"])
     assert rates[0] == 1e-3 and rates[1] == pytest.approx(1e-3 / 4)  # of 4 rollouts the first trains nothing
+
+
+def test_beta_decays_linearly_if_asked(base, tmp_path, monkeypatch):
+    seen = {control_task: [], lm_task: []}
+    update, loss_of = control_task.update, lm_task.loss_of
+    monkeypatch.setattr(control_task, "update", lambda *a: (seen[control_task].append(a[-1]["beta"]), update(*a))[1])
+    monkeypatch.setattr(lm_task, "loss_of", lambda now, *a: (seen[lm_task].append(now["beta"]), loss_of(now, *a))[1])
+    for decay_beta in (False, True):
+        control_task.train("dipod", 0, control_args(tmp_path, steps=2048, beta=0.4, decay_beta=decay_beta))
+        lm_task.train("dipod", 0, lm_args(tmp_path, base, inner=1, beta=0.4, decay_beta=decay_beta))
+    assert seen[control_task] == pytest.approx([0.4] * 3 + [0.3, 0.2, 0.1])  # of 4 rollouts the first trains nothing
+    assert seen[lm_task] == pytest.approx([0.4] * 4 + [0.4, 0.3, 0.2, 0.1])
 
 
 def test_flags_replace_the_method_s_own_settings(tmp_path):
@@ -857,6 +901,7 @@ def lm_args(out, base, **changes) -> argparse.Namespace:
         "clip": None,
         "lr": None,
         "decay": False,
+        "decay_beta": False,
         "digits": 3,
     }
     defaults |= {"inner": 2, "prompts": 4, "steps": 4, "rows": 2, "no_drift": False, "resume": False, "out": Path(out)}
@@ -1010,11 +1055,11 @@ def test_lm_end_to_end(base, tmp_path):
 
 def test_resume_equals_an_uninterrupted_run(base, tmp_path, monkeypatch):
     for task, lr, args in (
-        (lm_task, lm_task.LR, lambda out, **k: lm_args(out, base, steps=6, rows=6, decay=True, **k)),
+        (lm_task, lm_task.LR, lambda out, **k: lm_args(out, base, steps=6, rows=6, decay=True, decay_beta=True, **k)),
         (
             control_task,
             control_task.POLICIES["whitened"]["lr"],
-            lambda out, **k: control_args(out, steps=2048, rows=4, decay=True, **k),
+            lambda out, **k: control_args(out, steps=2048, rows=4, decay=True, decay_beta=True, **k),
         ),
     ):
         for name in ("whole", "parts"):
@@ -1388,7 +1433,7 @@ import control_task, dipod, lm_task
 
 def control_step(rank, size):
     args = argparse.Namespace(env="Reacher-v5", policy="whitened", no_head=False, flow_steps=2, solver="midpoint", num_envs=4)
-    vars(args).update(draws=2, epochs=None, minibatch=None, std_lr=1.0, lr=None, decay=False, clip=None, beta=None, device="cpu")
+    vars(args).update(draws=2, epochs=None, minibatch=None, std_lr=1.0, lr=None, decay=False, decay_beta=False, clip=None, beta=None, device="cpu")
     control_task.POLICIES["whitened"]["minibatch"] = 64
     settings, envs, policy, value, optimizer = control_task.build("dipod", 0, args)
     torch.manual_seed(1)
