@@ -32,8 +32,9 @@ from dipod import FlowDraws, alignment, dipod_loss, draw_flow, flow_bound, flow_
 ROLLOUT, GAMMA, LAMBDA, MAX_GRAD_NORM, MIN_TIME = 128, 0.99, 0.95, 0.5, 0.005
 
 # `fpo` and `dipod` differ in beta alone, as do `fpo++` and `dipod++`. interleave is Algorithm 1: after every `every` rollouts
-# `distill` updates of self-distillation. distill: `first` such updates of the untrained flow, then fpo++. dipod-fresh takes
-# the regularizer on actions sampled at each update: on the rollout's own, epoch after epoch, it also fits those actions.
+# `distill` updates of self-distillation. distill: `first` such updates of the untrained flow, then fpo++. On the rollout's
+# own actions, epoch after epoch, the regularizer also fits those actions: dipod-ratio weights them by the ratio instead, and
+# dipod-fresh, which costs more, samples others at each update.
 METHODS = {
     "ppo": {"beta": 0.0, "trust_region": "ppo", "per_draw": False},
     "fpo": {"beta": 0.0, "trust_region": "ppo", "per_draw": False},

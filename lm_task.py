@@ -40,10 +40,11 @@ SAMPLES, DRAWS = 8, 4  # of each prompt; of each completion, kept for old, new a
 LR, CLIP = 3e-4, 0.2
 
 # `loss`: which of dipod.py's losses, `score`: on what. interleave, Algorithm 1, spends every second rollout on
-# self-distillation, so that all methods have the same numbers of samples and updates. Controls: dipod-mixed leaves groups of
-# equal rewards out of the regularizer, for without advantages nothing but it would move them; fpo-kl is held near the base
-# model instead of tight, fpo-exact has DiPOD's term on the exact log-likelihood, where it is no pressure on the gap, and
-# distill only distils, distill-exact by the exact log-likelihood: what that does to a policy by itself.
+# self-distillation, so that all methods have the same numbers of samples and updates. dipod-ratio weights the regularizer by
+# the ratio, so that it is on policy after a rollout's first update too. Controls: dipod-mixed leaves groups of equal rewards
+# out of the regularizer, for without advantages nothing but it would move them; fpo-kl is held near the base model instead
+# of tight, fpo-exact has DiPOD's term on the exact log-likelihood, where it is no pressure on the gap, and distill only
+# distils, distill-exact by the exact log-likelihood: what that does to a policy by itself.
 METHODS = {
     "fpo": {"loss": "ratio", "score": "elbo", "beta": 0.0},
     "dipod": {"loss": "ratio", "score": "elbo", "beta": 0.3},
