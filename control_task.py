@@ -32,14 +32,12 @@ from dipod import FlowDraws, alignment, dipod_loss, draw_flow, flow_bound, flow_
 ROLLOUT, GAMMA, LAMBDA, MAX_GRAD_NORM, MIN_TIME = 128, 0.99, 0.95, 0.5, 0.005
 
 # `fpo` and `dipod` differ in beta alone, as do `fpo++` and `dipod++`. interleave is Algorithm 1: after every `every` rollouts
-# `distill` updates of self-distillation. distill: `first` such updates of the untrained flow, then fpo++. On the rollout's
-# own actions, epoch after epoch, the regularizer also fits those actions: dipod-ratio weights them by the ratio instead, and
-# dipod-fresh, which costs more, samples others at each update.
+# `distill` updates of self-distillation. distill: `first` such updates of the untrained flow, then fpo++. dipod-fresh takes
+# the regularizer on actions sampled at each update: on the rollout's own, epoch after epoch, it also fits those actions.
 METHODS = {
     "ppo": {"beta": 0.0, "trust_region": "ppo", "per_draw": False},
     "fpo": {"beta": 0.0, "trust_region": "ppo", "per_draw": False},
     "dipod": {"beta": 0.3, "trust_region": "ppo", "per_draw": False},
-    "dipod-ratio": {"beta": 0.3, "trust_region": "ppo", "per_draw": False, "importance": True},
     "dipod-fresh": {"beta": 0.3, "trust_region": "ppo", "per_draw": False, "fresh": True},
     "fpo++": {"beta": 0.0, "trust_region": "aspo", "per_draw": True},
     "dipod++": {"beta": 0.3, "trust_region": "aspo", "per_draw": True},
@@ -413,9 +411,7 @@ def update(policy, value, optimizer, batch: dict, settings: dict) -> dict[str, f
             if not settings["per_draw"]:
                 elbo, old = elbo.mean(1), old.mean(1)
             beta = 0.0 if settings.get("fresh") else settings["beta"]
-            importance = settings.get("importance", False)
-            region = settings["clip"], settings["trust_region"]
-            loss, info = dipod_loss(elbo, old, normalize(adv), beta, *region, importance=importance)
+            loss, info = dipod_loss(elbo, old, normalize(adv), beta, settings["clip"], settings["trust_region"])
             if settings.get("fresh"):
                 loss = loss - settings["beta"] * fresh_elbo(policy, x, settings)  # [DiPOD]
             value_loss = nn.functional.mse_loss(value(x)[:, 0], ret)

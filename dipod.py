@@ -378,9 +378,8 @@ def flow_sample(velocity, noise: Tensor, num_steps: int, method: str = "midpoint
 # The paper's method, Algorithms 1 and 2. FPO puts exp(elbo - old_elbo) where PPO (arXiv 1707.06347) has the likelihood ratio.
 # Before the first update (ratio 1, nothing clipped) Algorithm 2's gradient is E[(A + beta) grad elbo]: DiPOD is then an
 # advantage shifted by beta. Algorithm 1, which interleaves self-distillation, is `beta * elbo` alone on fresh samples.
-# The term is on policy at a rollout's first update. Repeated on the same samples it also fits them. Weighted by the ratio
-# (`importance`) it does not: from a tight old bound, E_old[ratio] is the sum of exp(elbo) over all actions, 1 where the new
-# bound is tight and less elsewhere, whichever the policy.
+# The term is on policy at a rollout's first update. Repeated on the same samples it also fits them; control_task.py's
+# dipod-fresh samples anew.
 
 
 def _weighted_mean(weight: Tensor | None, size: Tensor) -> Callable[[Tensor], Tensor]:
@@ -401,7 +400,6 @@ def dipod_loss(
     trust_region: str = "ppo",
     weight: Tensor | None = None,
     max_log_ratio: float = 10.0,
-    importance: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """DiPOD, Algorithm 2: a trust-region surrogate on the ELBO ratio, and the on-policy ELBO regularizer.
 
@@ -420,8 +418,6 @@ def dipod_loss(
         weight: (B,) >= 0 or None; every mean over samples becomes sum(w*x)/sum(w). Completion lengths for length
             weighting, 0 for steps that must not count.
         max_log_ratio: the log ratio is capped here from above, with a straight-through gradient, so that exp is finite.
-        importance: weight the regularizer by the ratio, so that its gradient stays that of the present policy's samples after
-            the rollout's first update: -beta * mean(ratio) instead of -beta * mean(elbo). Not in the paper.
     Returns: loss, 0-d; info, detached 0-d tensors "policy_loss", "elbo", "ratio", "clip_fraction" (share of ratios that are
         farther than clip from 1).
     Raises: ValueError: wrong shapes, clip <= 0, unknown trust_region, bad weights (on the CPU). TypeError: wrong types.
@@ -441,9 +437,8 @@ def dipod_loss(
     if trust_region != "ppo":
         spo = ratio * a - a.abs() / (2 * clip) * (ratio - 1).square()
         surrogate = spo if trust_region == "spo" else torch.where(a > 0, surrogate, spo)
-    policy_loss, mean_elbo = -mean(surrogate), mean(elbo)
-    loss = policy_loss - beta * (mean(ratio) if importance else mean_elbo)  # [DiPOD]; grad ratio = ratio * grad elbo
-    ratio = ratio.detach()
+    policy_loss, mean_elbo, ratio = -mean(surrogate), mean(elbo), ratio.detach()
+    loss = policy_loss - beta * mean_elbo  # [DiPOD]
     clipped = ((ratio - 1).abs() > clip).to(ratio.dtype)
     info = {"policy_loss": policy_loss.detach(), "elbo": mean_elbo.detach()}
     return loss, info | {"ratio": mean(ratio), "clip_fraction": mean(clipped)}
@@ -712,7 +707,7 @@ def two_token(
 COLORS = {"fpo": "#D55E00", "dipod": "#0072B2", "ppo": "#000000", "positives": "#009E73", "interleave": "#CC79A7"}
 COLORS |= {"fpo++": "#E69F00", "dipod++": "#56B4E9", "distill": "#999999", "exact": "#000000", "reinforce": "#999999"}
 COLORS |= {"spg": "#E69F00", "spg-dipod": "#56B4E9", "d1": "#F0E442"}
-COLORS |= {"dipod-mixed": "#56B4E9", "dipod-fresh": "#009E73", "dipod-ratio": "#009E73"}
+COLORS |= {"dipod-mixed": "#56B4E9", "dipod-fresh": "#009E73"}
 
 
 def task_parser(doc: str, methods, default, steps: int, unit: str, out: str) -> argparse.ArgumentParser:

@@ -40,15 +40,13 @@ SAMPLES, DRAWS = 8, 4  # of each prompt; of each completion, kept for old, new a
 LR, CLIP = 3e-4, 0.2
 
 # `loss`: which of dipod.py's losses, `score`: on what. interleave, Algorithm 1, spends every second rollout on
-# self-distillation, so that all methods have the same numbers of samples and updates. dipod-ratio weights the regularizer by
-# the ratio, so that it is on policy after a rollout's first update too. Controls: dipod-mixed leaves groups of equal rewards
-# out of the regularizer, for without advantages nothing but it would move them; fpo-kl is held near the base model instead
-# of tight, fpo-exact has DiPOD's term on the exact log-likelihood, where it is no pressure on the gap, and distill only
-# distils, distill-exact by the exact log-likelihood: what that does to a policy by itself.
+# self-distillation, so that all methods have the same numbers of samples and updates. Controls: dipod-mixed leaves groups of
+# equal rewards out of the regularizer, for without advantages nothing but it would move them; fpo-kl is held near the base
+# model instead of tight, fpo-exact has DiPOD's term on the exact log-likelihood, where it is no pressure on the gap, and
+# distill only distils, distill-exact by the exact log-likelihood: what that does to a policy by itself.
 METHODS = {
     "fpo": {"loss": "ratio", "score": "elbo", "beta": 0.0},
     "dipod": {"loss": "ratio", "score": "elbo", "beta": 0.3},
-    "dipod-ratio": {"loss": "ratio", "score": "elbo", "beta": 0.3, "importance": True},
     "dipod-mixed": {"loss": "ratio", "score": "elbo", "beta": 0.3, "mixed": True},
     "positives": {"loss": "ratio", "score": "elbo", "beta": 0.0, "positives": True},
     "interleave": {"loss": "ratio", "score": "elbo", "beta": 0.0, "distill_every": 2},
@@ -201,8 +199,7 @@ def loss_of(
     weight = None
     if settings.get("mixed"):  # hardly above 0 elsewhere, for a rollout may have nothing else
         weight = (advantages.view(-1, SAMPLES) != 0).any(1).float().clamp(min=1e-6).repeat_interleave(SAMPLES)
-    importance = settings.get("importance", False)
-    loss, info = dipod_loss(new, old, advantages, settings["beta"], clip, weight=weight, importance=importance)
+    loss, info = dipod_loss(new, old, advantages, settings["beta"], clip, weight=weight)
     if weight is not None:  # a mean over all samples, as the other methods'
         loss = loss * weight.mean()
     if settings.get("kl"):  # on policy the gradient of half the square is that of KL(pi || base), both by their ELBOs
