@@ -33,7 +33,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from time import monotonic
 from typing import NamedTuple
@@ -1009,16 +1009,16 @@ def print_table(lines: list[dict]) -> None:
 
 
 def print_differences(lines: list[dict]) -> None:
-    """Differences of each two methods in `final` over the seeds that both have, with a paired t interval."""
+    """Differences of each two methods in `final` and `area` over the seeds that both have, with a paired t interval."""
     t95 = 12.7, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26  # Student's t, 2..10 seeds
-    name = next(k for k in lines[0] if k.startswith("final"))
-    final = {(line["method"], line["seed"]): line[name] for line in lines}
-    for one, other in combinations(dict.fromkeys(line["method"] for line in lines), 2):
-        pairs = [v - final[other, s] for (m, s), v in final.items() if m == one and (other, s) in final]
+    names = [k for k in lines[0] if k.startswith("final") or k == "area"]
+    for (one, other), name in product(combinations(dict.fromkeys(line["method"] for line in lines), 2), names):
+        values = {(line["method"], line["seed"]): line[name] for line in lines}
+        pairs = [v - values[other, s] for (m, s), v in values.items() if m == one and (other, s) in values]
         if (n := len(pairs)) > 1:
             mean, half = statistics.mean(pairs), t95[min(n, 10) - 2] * statistics.stdev(pairs) / math.sqrt(n)
             interval = f"{mean:.3g}, 95 % interval {mean - half:.3g} to {mean + half:.3g}"
-            print(f"{one} - {other}: {interval}, above 0 on {sum(d > 0 for d in pairs)} of {n} seeds")
+            print(f"{one} - {other}, {name}: {interval}, above 0 on {sum(d > 0 for d in pairs)} of {n} seeds")
 
 
 def draw_figure(rows: list[dict], panels: dict[str, str], path: Path, title: str = "") -> None:

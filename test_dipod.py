@@ -996,12 +996,11 @@ def test_lm_mixed_regularizes_groups_with_an_advantage_alone(base):
 
 
 def test_paired_differences(capsys):
-    lines = [{"method": m, "seed": s, "final_x": v} for m, s, v in (("a", 0, 3.0), ("a", 1, 5.0), ("b", 1, 1.0))]
-    dipod.print_differences(
-        [*lines, {"method": "b", "seed": 0, "final_x": 5.0}, {"method": "c", "seed": 7, "final_x": 1}]
-    )
+    runs = ("a", 0, 3.0), ("a", 1, 5.0), ("b", 1, 1.0), ("b", 0, 5.0), ("c", 7, 1.0)
+    dipod.print_differences([{"method": m, "seed": s, "final_x": v, "area": 2 * v, "gap": 9.0} for m, s, v in runs])
     # a - b = -2 and 4: mean 1, standard error 3, Student's t of one degree of freedom 12.7; c shares no seeds
-    assert capsys.readouterr().out == "a - b: 1, 95 % interval -37.1 to 39.1, above 0 on 1 of 2 seeds\n"
+    final = "a - b, final_x: 1, 95 % interval -37.1 to 39.1, above 0 on 1 of 2 seeds\n"
+    assert capsys.readouterr().out == final + "a - b, area: 2, 95 % interval -74.2 to 78.2, above 0 on 1 of 2 seeds\n"
 
 
 def test_lm_end_to_end(base, tmp_path):
