@@ -3,6 +3,7 @@
     python control_task.py                                        # fpo, dipod, ppo on the default environment
     python control_task.py --env HalfCheetah-v5 --seeds 3 --jobs 2
     python control_task.py --policy linear                        # FPO's textbook flow
+    python control_task.py --epochs 10 --minibatch 256 --lr 1e-3 --decay  # PPO's many small updates: slower, better on some
     python control_task.py --eval runs/control/dipod_0.pt         # 20 stochastic episodes, 20 with zero noise
     python control_task.py --eval runs/control/dipod_0.pt --render dipod.gif
     python control_task.py --env TwoDoors-v0 --steps 400000       # where a Gaussian cannot win
