@@ -715,10 +715,7 @@ def test_std_lr_is_the_learning_rate_of_the_log_std_alone(method, tmp_path):
     for std_lr in (1.0, 3.0):
         settings, policy, value, optimizer, batch, _ = collect(method, tmp_path, std_lr=std_lr)
         before = {name: p.clone() for name, p in policy.named_parameters()}
-        settings |= {
-            "epochs": 1,
-            "minibatch": len(batch["obs"]),
-        }  # one update: Adam's first step is lr * sign(gradient)
+        settings |= {"epochs": 1, "minibatch": len(batch["obs"])}  # one update: Adam's first is lr * sign(gradient)
         control_task.update(policy, value, optimizer, batch, settings)
         moved[std_lr] = {name: (p - before[name]).abs().max().item() for name, p in policy.named_parameters()}
     for name, distance in moved[1.0].items():
