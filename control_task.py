@@ -35,11 +35,13 @@ ROLLOUT, GAMMA, LAMBDA, MAX_GRAD_NORM, MIN_TIME = 128, 0.99, 0.95, 0.5, 0.005
 # `fpo` and `dipod` differ in beta alone, as do `fpo++` and `dipod++`. interleave is Algorithm 1: after every `every` rollouts
 # `distill` updates of self-distillation. distill: `first` such updates of the untrained flow, then fpo++. dipod-fresh takes
 # the regularizer on actions sampled at each update: on the rollout's own, epoch after epoch, it also fits those actions.
+# dipod-flow takes it on the flow's part z of the rollout's actions, so that the Gaussian head, which has no gap, is left out.
 METHODS = {
     "ppo": {"beta": 0.0, "trust_region": "ppo", "per_draw": False},
     "fpo": {"beta": 0.0, "trust_region": "ppo", "per_draw": False},
     "dipod": {"beta": 0.3, "trust_region": "ppo", "per_draw": False},
     "dipod-fresh": {"beta": 0.3, "trust_region": "ppo", "per_draw": False, "fresh": True},
+    "dipod-flow": {"beta": 0.3, "trust_region": "ppo", "per_draw": False, "flow_only": True},
     "fpo++": {"beta": 0.0, "trust_region": "aspo", "per_draw": True},
     "dipod++": {"beta": 0.3, "trust_region": "aspo", "per_draw": True},
     "interleave": {"beta": 0.0, "trust_region": "ppo", "per_draw": False, "every": 1, "distill": 2},
@@ -162,18 +164,25 @@ class FlowPolicy(nn.Module):
         with torch.no_grad():
             return self.actor()(obs, noise)
 
-    def forward(self, obs: Tensor, action: Tensor, draws: FlowDraws) -> Tensor:
-        """The ELBO (B, N): linear, minus the CFM loss; whitened, up to a constant, at first with the Gaussian's score."""
+    def whiten(self, obs: Tensor, action: Tensor) -> Tensor:
+        """The flow's part z of actions: what it sampled, before the head's mean and std."""
+        return self.head.whiten(obs, action) if self.head else action
+
+    def forward(self, obs: Tensor, action: Tensor, draws: FlowDraws, flow_only: bool = False) -> Tensor:
+        """The ELBO (B, N): linear, minus the CFM loss; whitened, up to a constant, at first with the Gaussian's score.
+
+        With `flow_only` the actions are the flow's part z, and the ELBO is the flow's, without the head.
+        """
         if self.path == "linear":
             draws = draws._replace(time=MIN_TIME + (1 - 2 * MIN_TIME) * draws.time)
             return flow_elbo(self.velocity(obs), action, draws)
-        z = self.head.whiten(obs, action) if self.head else action
+        z = action if flow_only else self.whiten(obs, action)
         elbo = action.shape[1] * flow_elbo(self.velocity(obs), z, draws, "vp")
-        return elbo - self.head.log_std.sum() if self.head else elbo
+        return elbo - self.head.log_std.sum() if self.head and not flow_only else elbo
 
     def nats(self, obs: Tensor, noise: Tensor, action: Tensor, draws: FlowDraws) -> tuple[Tensor, Tensor, Tensor]:
         """Exact log_prob (B,) of the actions that `noise` leads to, their true ELBO (B,), and which are invertible (B,)."""
-        z = self.head.whiten(obs, action) if self.head else action
+        z = self.whiten(obs, action)
         velocity, log_det = self.velocity(obs), self.head.log_std.sum() if self.head else 0.0
         _, log_prob, invertible = flow_log_prob(velocity, noise, **self.solver, action=z, return_invertible=True)
         bound = flow_bound(velocity, z, draws, self.path, 0.0 if self.path == "vp" else MIN_TIME).mean(1)
@@ -401,20 +410,24 @@ def step_optimizer(optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
 def update(policy, value, optimizer, batch: dict, settings: dict) -> dict[str, float]:
     """PPO's epochs of minibatches on one rollout; mean of the losses' info over them."""
     obs, action, advantages, returns = (batch[k] for k in ("obs", "action", "advantages", "returns"))
-    draws = draw_flow(action, settings["draws"])
+    draws, beta = draw_flow(action, settings["draws"]), settings["beta"]
+    apart = settings.get("fresh") or settings.get("flow_only")  # the regularizer is not on the ratio's ELBO
     with torch.no_grad():
         old_elbo = policy(obs, action, draws)  # (B, N), once per rollout, and the same draws in every epoch
-    infos, norms, columns = [], [], (obs, action, *draws, old_elbo, advantages, returns)
+        flow = getattr(policy, "module", policy).whiten(obs, action)  # by the policy that sampled, in every epoch
+    infos, norms, columns = [], [], (obs, action, flow, *draws, old_elbo, advantages, returns)
     for _ in range(settings["epochs"]):
         order = torch.randperm(len(obs), device=obs.device)
-        for x, a, t, eps, old, adv, ret in zip(*(c[order].split(settings["minibatch"]) for c in columns)):
+        for x, a, z, t, eps, old, adv, ret in zip(*(c[order].split(settings["minibatch"]) for c in columns)):
             elbo = policy(x, a, FlowDraws(t, eps))
             if not settings["per_draw"]:
                 elbo, old = elbo.mean(1), old.mean(1)
-            beta = 0.0 if settings.get("fresh") else settings["beta"]
-            loss, info = dipod_loss(elbo, old, normalize(adv), beta, settings["clip"], settings["trust_region"])
+            trust = settings["clip"], settings["trust_region"]
+            loss, info = dipod_loss(elbo, old, normalize(adv), 0.0 if apart else beta, *trust)
             if settings.get("fresh"):
-                loss = loss - settings["beta"] * fresh_elbo(policy, x, settings)  # [DiPOD]
+                loss = loss - beta * fresh_elbo(policy, x, settings)  # [DiPOD]
+            elif apart:
+                loss = loss - beta * policy(x, z, FlowDraws(t, eps), flow_only=True).mean()  # [DiPOD]
             value_loss = nn.functional.mse_loss(value(x)[:, 0], ret)
             norms.append(step_optimizer(optimizer, loss + value_loss))
             infos.append(torch.stack([info[k] for k in ("elbo", "ratio", "clip_fraction")]))

@@ -707,7 +707,7 @@ def two_token(
 COLORS = {"fpo": "#D55E00", "dipod": "#0072B2", "ppo": "#000000", "positives": "#009E73", "interleave": "#CC79A7"}
 COLORS |= {"fpo++": "#E69F00", "dipod++": "#56B4E9", "distill": "#999999", "exact": "#000000", "reinforce": "#999999"}
 COLORS |= {"spg": "#E69F00", "spg-dipod": "#56B4E9", "d1": "#F0E442"}
-COLORS |= {"dipod-mixed": "#56B4E9", "dipod-fresh": "#009E73"}
+COLORS |= {"dipod-mixed": "#56B4E9", "dipod-fresh": "#009E73", "dipod-flow": "#CC79A7"}
 
 
 def task_parser(doc: str, methods, default, steps: int, unit: str, out: str) -> argparse.ArgumentParser:

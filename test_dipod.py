@@ -748,6 +748,30 @@ def test_dipod_fits_the_rollout_s_actions_and_dipod_fresh_does_not(tmp_path):
     assert gain["dipod"] > 0.02 and gain["dipod-fresh"] < 0.01
 
 
+def test_dipod_flow_s_regularizer_leaves_the_head_alone(tmp_path):
+    moved = {}
+    for method in ("dipod", "dipod-flow"):
+        settings, policy, value, optimizer, batch, _ = collect(method, tmp_path)
+        policy.rest[-1].weight.data.normal_()  # a flow with a gap
+        batch["action"] = policy.act(batch["obs"], batch["noise"])
+        batch["advantages"] = torch.zeros_like(batch["advantages"])  # nothing but the regularizer
+        before = {name: p.clone() for name, p in policy.named_parameters()}
+        control_task.update(policy, value, optimizer, batch, settings | {"epochs": 2})
+        moved[method] = {name: not torch.equal(p, before[name]) for name, p in policy.named_parameters()}
+    assert all(moved["dipod"].values())
+    assert all(moves != name.startswith("head.") for name, moves in moved["dipod-flow"].items())
+
+
+def test_flow_only_elbo_is_the_whole_one_but_for_the_head_s_log_det(tmp_path):
+    _, policy, _, _, batch, _ = collect("dipod-flow", tmp_path)
+    for p in policy.parameters():
+        p.data += 0.3 * torch.randn_like(p)
+    obs, action = batch["obs"], batch["action"]
+    draws = dipod.draw_flow(action, 4)
+    whole, flow = policy(obs, action, draws), policy(obs, policy.whiten(obs, action), draws, flow_only=True)
+    torch.testing.assert_close(whole, flow - policy.head.log_std.sum())
+
+
 def test_learning_rate_decays_linearly(tmp_path):
     rates = []
     for changes in ({"steps": 2048}, {"steps": 2048, "decay": True}):
