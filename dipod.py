@@ -378,8 +378,8 @@ def flow_sample(velocity, noise: Tensor, num_steps: int, method: str = "midpoint
 # The paper's method, Algorithms 1 and 2. FPO puts exp(elbo - old_elbo) where PPO (arXiv 1707.06347) has the likelihood ratio.
 # Before the first update (ratio 1, nothing clipped) Algorithm 2's gradient is E[(A + beta) grad elbo]: DiPOD is then an
 # advantage shifted by beta. Algorithm 1, which interleaves self-distillation, is `beta * elbo` alone on fresh samples.
-# The term is on policy at a rollout's first update. Repeated on the same samples it also fits them; control_task.py's
-# dipod-fresh samples anew.
+# The term is on policy at a rollout's first update. Repeated on the same samples it also fits them: control_task.py's
+# dipod-fresh samples anew, and its dipod-flow leaves out the part of the policy whose likelihood is exact.
 
 
 def _weighted_mean(weight: Tensor | None, size: Tensor) -> Callable[[Tensor], Tensor]:
