@@ -798,6 +798,12 @@ def test_flags_replace_the_method_s_own_settings(tmp_path):
     assert control_task.build("fpo", 0, control_args(tmp_path, **flags))[0]["beta"] == 0  # or it were not FPO
 
 
+def test_a_minibatch_of_one_sample_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        control_task.build("dipod", 0, control_args(tmp_path, minibatch=73))  # 512 = 7 * 73 + 1
+    assert "--minibatch 73: leaves one of 512 samples over" in capsys.readouterr().err
+
+
 def test_fpo_and_dipod_differ_in_beta_alone():
     for plain, ours in (("fpo", "dipod"), ("fpo++", "dipod++")):
         different = {
