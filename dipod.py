@@ -986,7 +986,7 @@ def summarise(rows: list[dict], score: str, last: float = 0.1) -> list[dict]:
         line = {"method": method, "seed": seed, f"final_{score}": _mean(row[score] for row in end)}
         line["area"] = _mean(row[score] for row in run)
         line["peak"] = max((row[score] for row in run if not math.isnan(row[score])), default=math.nan)
-        for name in ("gap", "alignment", *(k for k in run[0] if k.startswith("held_out"))):
+        for name in ("gap", "alignment", *(k for k in ("held_out", "entropy") if k in run[0])):
             line[name] = _mean(row[name] for row in end)
         lines.append(line | {"wall": run[-1]["wall"]})
     return lines

@@ -801,7 +801,7 @@ def test_flags_replace_the_method_s_own_settings(tmp_path):
 def test_a_minibatch_of_one_sample_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         control_task.build("dipod", 0, control_args(tmp_path, minibatch=73))  # 512 = 7 * 73 + 1
-    assert "--minibatch 73: leaves one of 512 samples over" in capsys.readouterr().err
+    assert "--minibatch: expected not to leave one of 512 samples over, got 73" in capsys.readouterr().err
 
 
 def test_fpo_and_dipod_differ_in_beta_alone():
