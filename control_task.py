@@ -32,20 +32,23 @@ from dipod import FlowDraws, alignment, dipod_loss, draw_flow, flow_bound, flow_
 
 ROLLOUT, GAMMA, LAMBDA, MAX_GRAD_NORM, MIN_TIME = 128, 0.99, 0.95, 0.5, 0.005
 
+# What a run has unless its method, its policy or a flag says otherwise.
+COMMON = {"beta": 0.0, "trust_region": "ppo", "per_draw": False, "fresh": False, "flow_only": False}
+COMMON |= {"every": 0, "distill": 0, "first": 0}
 # `fpo` and `dipod` differ in beta alone, as do `fpo++` and `dipod++`. interleave is Algorithm 1: after every `every` rollouts
 # `distill` updates of self-distillation. distill: `first` such updates of the untrained flow, then fpo++. dipod-fresh takes
 # the regularizer on actions sampled at each update: on the rollout's own, epoch after epoch, it also fits those actions.
 # dipod-flow takes it on the flow's part z of the rollout's actions, so that the Gaussian head, which has no gap, is left out.
 METHODS = {
-    "ppo": {"beta": 0.0, "trust_region": "ppo", "per_draw": False},
-    "fpo": {"beta": 0.0, "trust_region": "ppo", "per_draw": False},
-    "dipod": {"beta": 0.3, "trust_region": "ppo", "per_draw": False},
-    "dipod-fresh": {"beta": 0.3, "trust_region": "ppo", "per_draw": False, "fresh": True},
-    "dipod-flow": {"beta": 0.3, "trust_region": "ppo", "per_draw": False, "flow_only": True},
-    "fpo++": {"beta": 0.0, "trust_region": "aspo", "per_draw": True},
-    "dipod++": {"beta": 0.3, "trust_region": "aspo", "per_draw": True},
-    "interleave": {"beta": 0.0, "trust_region": "ppo", "per_draw": False, "every": 1, "distill": 2},
-    "distill": {"beta": 0.0, "trust_region": "aspo", "per_draw": True, "first": 200},
+    "ppo": {},
+    "fpo": {},
+    "dipod": {"beta": 0.3},
+    "dipod-fresh": {"beta": 0.3, "fresh": True},
+    "dipod-flow": {"beta": 0.3, "flow_only": True},
+    "fpo++": {"trust_region": "aspo", "per_draw": True},
+    "dipod++": {"trust_region": "aspo", "per_draw": True, "beta": 0.3},
+    "interleave": {"every": 1, "distill": 2},
+    "distill": {"trust_region": "aspo", "per_draw": True, "first": 200},
 }
 # One configuration per policy for all environments; linear has FPO's own. README.md says what else was tried.
 POLICIES = {
@@ -264,11 +267,11 @@ class Statistics:
     def scale(self, rewards: np.ndarray) -> np.ndarray:
         return rewards / np.sqrt(self.returns.var + 1e-8)
 
-    def state(self) -> dict:
+    def state_dict(self) -> dict:
         pairs = {"obs": self.obs, "returns": self.returns}
         return {k: [torch.as_tensor(v.mean), torch.as_tensor(v.var), float(v.count)] for k, v in pairs.items()}
 
-    def load(self, state: dict) -> None:
+    def load_state_dict(self, state: dict) -> None:
         for target, (mean, var, count) in ((self.obs, state["obs"]), (self.returns, state["returns"])):
             target.mean, target.var, target.count = mean.cpu().numpy(), var.cpu().numpy(), count
 
@@ -358,9 +361,9 @@ def drift(policy: FlowPolicy, batch: dict, generator: torch.Generator, samples: 
 def build(method: str, seed: int, args) -> tuple:
     """Everything a run starts from: settings, environments, policy, value function and their optimiser."""
     kind = "gaussian" if method == "ppo" else args.policy
-    settings = POLICIES[kind] | METHODS[method]
+    settings = COMMON | POLICIES[kind] | METHODS[method]
     settings |= {k: v for k in ("lr", "clip", "draws", "epochs", "minibatch") if (v := getattr(args, k)) is not None}
-    settings["beta"] = settings["beta"] if args.beta is None or settings["beta"] == 0 else args.beta
+    settings["beta"] = args.beta if args.beta is not None and settings["beta"] else settings["beta"]
     settings["minibatch"] = dipod.share_of("minibatch", settings["minibatch"])
     torch.manual_seed(seed)
     envs = make_envs(args.env, dipod.share_of("--num-envs", args.num_envs))
@@ -413,7 +416,7 @@ def update(policy, value, optimizer, batch: dict, settings: dict) -> dict[str, f
     """PPO's epochs of minibatches on one rollout; mean of the losses' info over them."""
     obs, action, advantages, returns = (batch[k] for k in ("obs", "action", "advantages", "returns"))
     draws, beta = draw_flow(action, settings["draws"]), settings["beta"]
-    apart = settings.get("fresh") or settings.get("flow_only")  # the regularizer is not on the ratio's ELBO
+    apart = settings["fresh"] or settings["flow_only"]  # the regularizer is not on the ratio's ELBO
     with torch.no_grad():
         old_elbo = policy(obs, action, draws)  # (B, N), once per rollout, and the same draws in every epoch
         flow = getattr(policy, "module", policy).whiten(obs, action)  # by the policy that sampled, in every epoch
@@ -426,7 +429,7 @@ def update(policy, value, optimizer, batch: dict, settings: dict) -> dict[str, f
                 elbo, old = elbo.mean(1), old.mean(1)
             trust = settings["clip"], settings["trust_region"]
             loss, info = dipod_loss(elbo, old, normalize(adv), 0.0 if apart else beta, *trust)
-            if settings.get("fresh"):
+            if settings["fresh"]:
                 loss = loss - beta * fresh_elbo(policy, x, settings)  # [DiPOD]
             elif apart:
                 loss = loss - beta * policy(x, z, FlowDraws(t, eps), flow_only=True).mean()  # [DiPOD]
@@ -473,15 +476,9 @@ def train(method: str, seed: int, args) -> list[dict]:
     path = dipod.checkpoint_path(args.out, method, seed)
     if rank > 0:  # other noise than rank 0's, from the same weights
         torch.manual_seed(seed + 1000 * rank)
+    parts = {"policy": policy, "value": value, "optimizer": optimizer, "decay": decay, "statistics": statistics}
     if args.resume and path.exists():
-        state = dipod.load_checkpoint(path, device)
-        if changed := [k for k, v in settings.items() if state.get("settings", {}).get(k) != v]:
-            dipod.fail(f"--resume: {path} was trained with other settings ({', '.join(changed)})")
-        for name, part in (("policy", policy), ("value", value), ("optimizer", optimizer), ("decay", decay)):
-            part.load_state_dict(state[name])
-        statistics.load(state["statistics"])
-        dipod.set_rng(state["rng"])
-        watch.set_state(state["watch"].cpu())
+        state = dipod.restore(path, settings, parts, watch, device)
         start, rows, wall = state["iteration"], state["rows"], state["wall"]
     obs, _ = envs.reset(seed=1000 * seed + start + rank * envs.num_envs)
     every = max(1, iterations // args.rows)
@@ -490,7 +487,7 @@ def train(method: str, seed: int, args) -> list[dict]:
         episodes += finished
         try:
             if iteration == 0:  # the first rollout fills the statistics: what the networks see would change under them
-                if settings.get("first"):
+                if settings["first"]:
                     self_distill(nets[0], optimizer, batch["obs"], settings, settings["first"])
                 continue
             due = iteration == iterations - 1 or iteration % every == 0
@@ -499,7 +496,7 @@ def train(method: str, seed: int, args) -> list[dict]:
                 measured |= drift(policy, batch, watch)
             left = 1 - iteration / iterations if args.decay_beta else 1.0
             info = update(*nets, optimizer, batch, settings | {"beta": settings["beta"] * left})
-            if settings.get("every") and iteration % settings["every"] == 0:
+            if settings["every"] and iteration % settings["every"] == 0:
                 self_distill(nets[0], optimizer, batch["obs"], settings, settings["distill"])
             decay.step()
         except FloatingPointError as e:
@@ -510,10 +507,8 @@ def train(method: str, seed: int, args) -> list[dict]:
             total, count = dipod.world_mean(torch.tensor([sum(episodes), len(episodes)], dtype=torch.float64)).tolist()
             row["return"], episodes = total / count if count else math.nan, []
             rows.append({k: row[k] for k in COLUMNS})
-            state = {"settings": settings, "statistics": statistics.state(), "iteration": iteration + 1, "rows": rows}
-            state |= {"policy": policy.state_dict(), "value": value.state_dict(), "optimizer": optimizer.state_dict()}
-            state |= {"rng": dipod.get_rng(), "watch": watch.get_state(), "decay": decay.state_dict()}
-            state |= {"wall": now, "skipped": start / iterations}
+            state = {"settings": settings, "iteration": iteration + 1, "rows": rows, "wall": now}
+            state |= dipod.snapshot(parts, watch) | {"skipped": start / iterations}
             dipod.report(args, rows[-1], state, started, (iteration + 1) / iterations)
     envs.close()
     return rows
@@ -525,7 +520,7 @@ def load_policy(path) -> tuple[nn.Module, Statistics, dict]:
     settings = state.get("settings") or dipod.fail(f"{path}: not a checkpoint of control_task.py")
     policy, statistics = make_policy(settings), Statistics(settings["obs_dim"], 1)
     policy.load_state_dict(state["policy"])
-    statistics.load(state["statistics"])
+    statistics.load_state_dict(state["statistics"])
     return policy, statistics, settings
 
 

@@ -834,23 +834,29 @@ def load_checkpoint(path: Path, device="cpu") -> dict:
         fail(f"{path}: not a readable checkpoint ({type(e).__name__})")
 
 
-def get_rng() -> list[list[Tensor]]:
-    """States of the global generators, of every process, for a checkpoint."""
+def snapshot(parts: dict, watch: torch.Generator) -> dict:
+    """What a run goes on from: the states of its parts (all that has a state_dict) and of every process's generators."""
     own = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
     states = [own] * world()[1]
     if world()[1] > 1:
         torch.distributed.all_gather_object(states, own)
-    return states
+    return {name: part.state_dict() for name, part in parts.items()} | {"rng": states, "watch": watch.get_state()}
 
 
-def set_rng(states: list[list[Tensor]]) -> None:
-    """Restores this process's part of what `get_rng` returned."""
-    rank, size = world()
-    if len(states) != size:
-        fail(f"--resume: expected {len(states)} processes, as the checkpoint had, got {size}")
-    torch.set_rng_state(states[rank][0].cpu())
-    if len(states[rank]) > 1:
-        torch.cuda.set_rng_state_all([state.cpu() for state in states[rank][1:]])
+def restore(path: Path, settings: dict, parts: dict, watch: torch.Generator, device) -> dict:
+    """Brings a run's parts and generators to where its checkpoint left them; one clear line if the settings differ."""
+    state, (rank, size) = load_checkpoint(path, device), world()
+    if changed := [k for k, v in settings.items() if state.get("settings", {}).get(k) != v]:
+        fail(f"--resume: {path} was trained with other settings ({', '.join(changed)})")
+    if len(state["rng"]) != size:
+        fail(f"--resume: expected {len(state['rng'])} processes, as the checkpoint had, got {size}")
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    watch.set_state(state["watch"].cpu())
+    torch.set_rng_state(state["rng"][rank][0].cpu())
+    if len(state["rng"][rank]) > 1:
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["rng"][rank][1:]])
+    return state
 
 
 def report(args: argparse.Namespace, row: dict, state: dict, started: float, done: float) -> None:

@@ -37,28 +37,30 @@ from dipod import (
 CHARS, MASK = "0123456789+-:", 13  # MASK is an input only: the model has no output for it
 PLUS, MINUS, PROMPT = CHARS.index("+"), CHARS.index("-"), 3
 SAMPLES, DRAWS = 8, 4  # of each prompt; of each completion, kept for old, new and all inner updates
-LR, CLIP = 3e-4, 0.2
 
-# `loss`: which of dipod.py's losses, `score`: on what. interleave, Algorithm 1, spends every second rollout on
-# self-distillation, so that all methods have the same numbers of samples and updates. Controls: dipod-mixed leaves groups of
-# equal rewards out of the regularizer, for without advantages nothing but it would move them; fpo-kl is held near the base
-# model instead of tight, fpo-exact has DiPOD's term on the exact log-likelihood, where it is no pressure on the gap, and
-# distill only distils, distill-exact by the exact log-likelihood: what that does to a policy by itself.
+# What a run has unless its method or a flag says otherwise. `loss`: which of dipod.py's losses, `score`: on what.
+COMMON = {"lr": 3e-4, "clip": 0.2, "loss": "ratio", "score": "elbo", "beta": 0.0, "mix": 0.0, "positives": False}
+COMMON |= {"mixed": False, "distill_every": 0, "kl": 0.0, "exact_beta": 0.0}
+# interleave, Algorithm 1, spends every second rollout on self-distillation, so that all methods have the same numbers of
+# samples and updates. Controls: dipod-mixed leaves groups of equal rewards out of the regularizer, for without advantages
+# nothing but it would move them; fpo-kl is held near the base model instead of tight, fpo-exact has DiPOD's term on the
+# exact log-likelihood, where it is no pressure on the gap, and distill only distils, distill-exact by the exact
+# log-likelihood: what that does to a policy by itself.
 METHODS = {
-    "fpo": {"loss": "ratio", "score": "elbo", "beta": 0.0},
-    "dipod": {"loss": "ratio", "score": "elbo", "beta": 0.3},
-    "dipod-mixed": {"loss": "ratio", "score": "elbo", "beta": 0.3, "mixed": True},
-    "positives": {"loss": "ratio", "score": "elbo", "beta": 0.0, "positives": True},
-    "interleave": {"loss": "ratio", "score": "elbo", "beta": 0.0, "distill_every": 2},
-    "distill": {"loss": "ratio", "score": "elbo", "beta": 0.0, "distill_every": 1},
-    "distill-exact": {"loss": "ratio", "score": "exact", "beta": 0.0, "distill_every": 1},
-    "fpo-kl": {"loss": "ratio", "score": "elbo", "beta": 0.0, "kl": 0.01},
-    "fpo-exact": {"loss": "ratio", "score": "elbo", "beta": 0.0, "exact_beta": 0.3},
-    "spg": {"loss": "spg", "mix": 0.5, "beta": 0.0},
+    "fpo": {},
+    "dipod": {"beta": 0.3},
+    "dipod-mixed": {"beta": 0.3, "mixed": True},
+    "positives": {"positives": True},
+    "interleave": {"distill_every": 2},
+    "distill": {"distill_every": 1},
+    "distill-exact": {"distill_every": 1, "score": "exact"},
+    "fpo-kl": {"kl": 0.01},
+    "fpo-exact": {"exact_beta": 0.3},
+    "spg": {"loss": "spg", "mix": 0.5},
     "spg-dipod": {"loss": "spg", "mix": 0.5, "beta": 0.3},
-    "reinforce": {"loss": "spg", "mix": 0.0, "beta": 0.0},
-    "exact": {"loss": "ratio", "score": "exact", "beta": 0.0},
-    "d1": {"loss": "ratio", "score": "one_step", "beta": 0.0},
+    "reinforce": {"loss": "spg"},
+    "exact": {"score": "exact"},
+    "d1": {"score": "one_step"},
 }
 COLUMNS = ["method", "seed", "step", "reward", "held_out", "elbo", "log_prob", "gap", "gap_success", "gap_failure"]
 COLUMNS += ["alignment", "noise_floor", "ratio", "clip_fraction", "equal_groups", "wall"]
@@ -187,24 +189,21 @@ def score(model, kind: str, tokens: Tensor, maskable: Tensor, draws) -> Tensor:
     return masked_elbo(model, tokens, draws, MASK).mean(1)
 
 
-def loss_of(
-    settings: dict, model, rollout: tuple, advantages: Tensor, old: Tensor, anchor: Tensor, clip: float
-) -> tuple:
+def loss_of(settings: dict, model, rollout: tuple, advantages: Tensor, old: Tensor, anchor: Tensor) -> tuple:
     """The method's loss on one rollout (tokens, maskable, draws), and its info."""
     if settings["loss"] == "spg":
         tokens, _, draws = rollout
         elbo, eubo = masked_bounds(model, tokens, draws, MASK, power=1.5)
         return spg_loss(elbo, eubo, advantages, settings["beta"], settings["mix"])
-    new = score(model, settings["score"], *rollout)
-    weight = None
-    if settings.get("mixed"):  # hardly above 0 elsewhere, for a rollout may have nothing else
+    new, weight = score(model, settings["score"], *rollout), None
+    if settings["mixed"]:  # hardly above 0 elsewhere, for a rollout may have nothing else
         weight = (advantages.view(-1, SAMPLES) != 0).any(1).float().clamp(min=1e-6).repeat_interleave(SAMPLES)
-    loss, info = dipod_loss(new, old, advantages, settings["beta"], clip, weight=weight)
+    loss, info = dipod_loss(new, old, advantages, settings["beta"], settings["clip"], weight=weight)
     if weight is not None:  # a mean over all samples, as the other methods'
         loss = loss * weight.mean()
-    if settings.get("kl"):  # on policy the gradient of half the square is that of KL(pi || base), both by their ELBOs
+    if settings["kl"]:  # on policy the gradient of half the square is that of KL(pi || base), both by their ELBOs
         loss = loss + settings["kl"] * 0.5 * (new - anchor).square().mean()
-    if settings.get("exact_beta"):
+    if settings["exact_beta"]:
         loss = loss - settings["exact_beta"] * score(model, "exact", *rollout).mean()
     return loss, info
 
@@ -234,26 +233,23 @@ def sample_rewards(model, targets: Tensor, length: int, each: int, device, gener
 def train(method: str, seed: int, args) -> list[dict]:
     """One run of RL from the base model; its rows of metrics.csv. Resumes from the run's checkpoint if args.resume."""
     device, started, path = dipod.pick_device(args.device), monotonic(), dipod.checkpoint_path(args.out, method, seed)
+    settings = (
+        COMMON | METHODS[method] | {k: getattr(args, k) for k in ("inner", "prompts", "graded", "decay", "decay_beta")}
+    )
+    settings |= {k: v for k in ("lr", "clip") if (v := getattr(args, k)) is not None}
+    settings |= {k: args.beta for k in ("beta", "kl", "exact_beta") if args.beta is not None and settings[k]}
     torch.manual_seed(seed)
     watch = torch.Generator(device).manual_seed(seed)  # diagnostics draw from their own
     (model, digits), (base, _) = (load_model(args.base[seed % len(args.base)], device) for _ in range(2))
     net, rank, own_prompts = dipod.parallel(model), dipod.world()[0], dipod.share_of("--prompts", args.prompts)
-    settings = METHODS[method] | {
-        k: args.beta for k in ("beta", "kl", "exact_beta") if args.beta is not None and METHODS[method].get(k)
-    }
-    clip = CLIP if args.clip is None else args.clip
-    lr, (targets, unseen), length = LR if args.lr is None else args.lr, split_targets(digits), 2 * digits - 1
-    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.01, fused=True)
+    (targets, unseen), length = split_targets(digits), 2 * digits - 1
+    optimizer = torch.optim.AdamW(model.parameters(), settings["lr"], weight_decay=0.01, fused=True)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0 if args.decay else 1.0, args.steps)
-    start, rows, wall = 0, [], 0.0
+    parts, start, rows, wall = {"model": model, "optimizer": optimizer, "decay": decay}, 0, [], 0.0
     if rank > 0:  # other prompts and noise than rank 0's
         torch.manual_seed(seed + 1000 * rank)
     if args.resume and path.exists():
-        state = dipod.load_checkpoint(path, device)
-        for name, part in (("model", model), ("optimizer", optimizer), ("decay", decay)):
-            part.load_state_dict(state[name])
-        dipod.set_rng(state["rng"])
-        watch.set_state(state["watch"].cpu())
+        state = dipod.restore(path, settings, parts, watch, device)
         start, rows, wall = state["iteration"], state["rows"], state["wall"]
     every, seen, equal, infos = max(1, args.steps // args.rows), [], [], []
     for iteration in range(start, args.steps):
@@ -268,43 +264,51 @@ def train(method: str, seed: int, args) -> list[dict]:
         measured = dict.fromkeys(COLUMNS[5:12], math.nan)
         if due and not args.no_drift:
             measured |= drift(model, tokens, maskable, right, advantages)
-        if settings.get("positives"):
+        if settings["positives"]:
             advantages = advantages.clamp(min=0)
         left = 1 - iteration / args.steps if args.decay_beta else 1.0
         now = settings | {"beta": settings["beta"] * left}
-        if (n := settings.get("distill_every")) and iteration % n == n - 1:  # Algorithm 1's other half [DiPOD]
+        if (n := settings["distill_every"]) and iteration % n == n - 1:  # Algorithm 1's other half [DiPOD]
             advantages, now = torch.zeros_like(advantages), settings | {"beta": 1.0}
         rollout, old, anchor = (tokens, maskable, draw_masks(maskable, DRAWS)), None, None
         with torch.no_grad():
             if settings["loss"] == "ratio":
                 old = score(model, settings["score"], *rollout)
-            if settings.get("kl"):
+            if settings["kl"]:
                 anchor = score(base, settings["score"], *rollout)
         for _ in range(args.inner):
-            loss, info = loss_of(now, net, rollout, advantages, old, anchor, clip)
+            loss, info = loss_of(now, net, rollout, advantages, old, anchor)
             optimizer.zero_grad()
             loss.backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            infos.append(
-                torch.stack([info.get(k, torch.full_like(norm, math.nan)) for k in ("ratio", "clip_fraction")])
-            )
+            nan = torch.full_like(norm, math.nan)
+            infos.append(torch.stack([info.get(k, nan) for k in ("ratio", "clip_fraction")]))
         decay.step()
         if not bool(norm.isfinite()):  # once per rollout: the updates themselves never wait for a GPU
             raise FloatingPointError(f"{method} seed {seed} step {iteration + 1}: non-finite gradient; stopped")
         if due:
-            means = [torch.stack(infos).mean(0), torch.stack(seen).mean()[None], torch.stack(equal).mean()[None]]
-            ratio, clip_fraction, mean_reward, equal_groups = dipod.world_mean(torch.cat(means)).tolist()
-            held_out = sample_rewards(model, unseen, length, 16, device, watch)[1].mean().item()
-            spent = wall + monotonic() - started
-            row = {"method": method, "seed": seed, "step": iteration + 1, "held_out": held_out} | measured
-            row |= {"reward": mean_reward, "equal_groups": equal_groups, "ratio": ratio}
-            row |= {"clip_fraction": clip_fraction, "wall": spent}
+            means = torch.cat(
+                [torch.stack(infos).mean(0), torch.stack(seen).mean()[None], torch.stack(equal).mean()[None]]
+            )
+            row = {
+                "method": method,
+                "seed": seed,
+                "step": iteration + 1,
+                "wall": wall + monotonic() - started,
+            } | measured
+            row |= zip(("ratio", "clip_fraction", "reward", "equal_groups"), dipod.world_mean(means).tolist())
+            row["held_out"] = sample_rewards(model, unseen, length, 16, device, watch)[1].mean().item()
             rows.append({k: row[k] for k in COLUMNS})
             seen, equal, infos = [], [], []
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "decay": decay.state_dict()}
-            state |= {"digits": digits, "iteration": iteration + 1, "rows": rows, "wall": spent}
-            state |= {"rng": dipod.get_rng(), "watch": watch.get_state(), "skipped": start / args.steps}
+            state = {
+                "settings": settings,
+                "digits": digits,
+                "iteration": iteration + 1,
+                "rows": rows,
+                "wall": row["wall"],
+            }
+            state |= dipod.snapshot(parts, watch) | {"skipped": start / args.steps}
             dipod.report(args, rows[-1], state, started, (iteration + 1) / args.steps)
     return rows
 
@@ -440,7 +444,9 @@ def main() -> None:
         shares = [sample_rewards(model, t, 2 * args.digits - 1, 64, device)[1].mean() for t in parts]
         print(f"base model {path}: reward {shares[0]:.3f}, on held-out targets {shares[1]:.3f}")
     rows = dipod.launch(train, args, COLUMNS)
-    dipod.finish(rows, args, "reward", PANELS, f"lr {LR if args.lr is None else args.lr:g}, {args.inner} inner updates")
+    dipod.finish(
+        rows, args, "reward", PANELS, f"lr {COMMON['lr'] if args.lr is None else args.lr:g}, {args.inner} inner updates"
+    )
     if args.samples:
         runs = product(args.methods, range(args.first_seed, args.first_seed + args.seeds))
         show_samples([*used, *(dipod.checkpoint_path(args.out, *run) for run in runs)], device)

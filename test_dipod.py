@@ -805,11 +805,11 @@ def test_a_minibatch_of_one_sample_is_refused(tmp_path, capsys):
 
 
 def test_fpo_and_dipod_differ_in_beta_alone():
-    for plain, ours in (("fpo", "dipod"), ("fpo++", "dipod++")):
-        different = {
-            k for k in control_task.METHODS[ours] if control_task.METHODS[plain].get(k) != control_task.METHODS[ours][k]
-        }
-        assert different == {"beta"} and control_task.METHODS[plain]["beta"] == 0
+    for task in (control_task, lm_task):
+        settings = {name: task.COMMON | own for name, own in task.METHODS.items()}
+        for plain, ours in (("fpo", "dipod"), ("fpo++", "dipod++"), ("spg", "spg-dipod")):
+            if plain in settings:
+                assert settings[plain] | {"beta": 0.3} == settings[ours] and settings[plain]["beta"] == 0
 
 
 @pytest.mark.parametrize("method", control_task.METHODS)
@@ -1007,18 +1007,18 @@ def test_lm_mixed_regularizes_groups_with_an_advantage_alone(base):
     torch.manual_seed(0)
     tokens, _ = lm_task.sample_rewards(model, torch.tensor([3, 7]), 5, lm_task.SAMPLES, "cpu")
     maskable = torch.arange(8).expand(16, -1) >= 3
-    draws, settings = dipod.draw_masks(maskable, 4), lm_task.METHODS["dipod-mixed"]
+    draws, settings = dipod.draw_masks(maskable, 4), lm_task.COMMON | lm_task.METHODS["dipod-mixed"]
     rollout, old = (tokens, maskable, draws), dipod.masked_elbo(model, tokens, draws, lm_task.MASK).mean(1).detach()
 
     def gradient(loss):
         return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
 
     advantages = torch.cat((torch.linspace(-1, 1, 8), torch.zeros(8)))
-    loss, _ = lm_task.loss_of(settings, model, rollout, advantages, old, None, 0.2)
+    loss, _ = lm_task.loss_of(settings, model, rollout, advantages, old, None)
     elbo = dipod.masked_elbo(model, tokens, draws, lm_task.MASK).mean(1)
     expected = gradient(-((advantages + 0.3) * elbo)[:8].sum() / 16)  # before the first update, over the first group
     torch.testing.assert_close(gradient(loss), expected, rtol=1e-3, atol=2e-5)
-    loss, _ = lm_task.loss_of(settings, model, rollout, torch.zeros(16), old, None, 0.2)  # nothing to learn from
+    loss, _ = lm_task.loss_of(settings, model, rollout, torch.zeros(16), old, None)  # nothing to learn from
     assert gradient(loss).norm() < 1e-4 * expected.norm()
 
 
@@ -1049,7 +1049,11 @@ def test_lm_end_to_end(base, tmp_path):
 
 def test_resume_equals_an_uninterrupted_run(base, tmp_path, monkeypatch):
     for task, lr, args in (
-        (lm_task, lm_task.LR, lambda out, **k: lm_args(out, base, steps=6, rows=6, decay=True, decay_beta=True, **k)),
+        (
+            lm_task,
+            lm_task.COMMON["lr"],
+            lambda out, **k: lm_args(out, base, steps=6, rows=6, decay=True, decay_beta=True, **k),
+        ),
         (
             control_task,
             control_task.POLICIES["whitened"]["lr"],
@@ -1503,9 +1507,10 @@ def test_torchrun_trains_and_rank_0_alone_writes(base, tmp_path):
     assert [row["step"] for row in rows] == [1024, 1536] and all(math.isfinite(row["gap"]) for row in rows)
 
 
-def test_another_number_of_processes_is_refused(monkeypatch, capsys):
+def test_another_number_of_processes_is_refused(tmp_path, monkeypatch, capsys):
+    dipod.save_checkpoint(tmp_path / "fpo_0.pt", {"rows": [], "rng": [[torch.get_rng_state()]] * 2})
     with pytest.raises(SystemExit):
-        dipod.set_rng([[torch.get_rng_state()]] * 2)
+        dipod.restore(tmp_path / "fpo_0.pt", {}, {}, torch.Generator(), "cpu")
     assert "--resume: expected 2 processes, as the checkpoint had, got 1" in capsys.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit):
