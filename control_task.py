@@ -637,27 +637,21 @@ def benchmark(args, rollouts: int = 15) -> None:
 def main() -> None:
     """The command line."""
     parser = dipod.task_parser(__doc__, METHODS, ["fpo", "dipod", "ppo"], 200_000, "environment steps", "runs/control")
-    parser.add_argument(
-        "--env", default="Reacher-v5", help="gymnasium environment, Box observations and bounded Box actions"
-    )
-    parser.add_argument("--policy", choices=("linear", "whitened"), default="whitened", help="the flow of all but ppo")
-    parser.add_argument("--no-head", action="store_true", help="whitened without the Gaussian head: mean 0, std 1")
-    parser.add_argument("--num-envs", type=dipod.at_least(1), default=16, help="environments stepped together")
-    parser.add_argument("--flow-steps", type=dipod.at_least(1), default=5, help="solver steps of a sample")
-    parser.add_argument(
-        "--solver", choices=("midpoint", "euler"), default="midpoint", help="2 or 1 network calls a step"
-    )
-    parser.add_argument(
-        "--draws", type=dipod.at_least(1), help="(time, noise) draws of an action; default: the policy's own"
-    )
-    parser.add_argument("--epochs", type=dipod.at_least(1), help="passes over each rollout; default: the policy's own")
-    parser.add_argument("--minibatch", type=dipod.at_least(2), help="samples of an update; default: the policy's own")
-    std_help = "learning rate of the Gaussian's log std, times --lr"
-    parser.add_argument("--std-lr", type=dipod.at_least(0, float), default=1.0, help=std_help)
-    parser.add_argument("--eval", nargs="+", metavar="CHECKPOINT", help="evaluate trained policies and leave")
-    parser.add_argument("--render", metavar="FILE.gif", help="with --eval: also an episode of the first one as a GIF")
-    parser.add_argument("--actions", metavar="FILE.png", help="with --eval: also histograms of their actions")
-    parser.add_argument("--benchmark", action="store_true", help="measure speed and leave")
+    add, at_least, own = parser.add_argument, dipod.at_least, "default: the policy's own"
+    add("--env", default="Reacher-v5", help="gymnasium environment, Box observations and bounded Box actions")
+    add("--policy", choices=("linear", "whitened"), default="whitened", help="the flow of all but ppo")
+    add("--no-head", action="store_true", help="whitened without the Gaussian head: mean 0, std 1")
+    add("--num-envs", type=at_least(1), default=16, help="environments stepped together")
+    add("--flow-steps", type=at_least(1), default=5, help="solver steps of a sample")
+    add("--solver", choices=("midpoint", "euler"), default="midpoint", help="2 or 1 network calls a step")
+    add("--draws", type=at_least(1), help=f"(time, noise) draws of an action; {own}")
+    add("--epochs", type=at_least(1), help=f"passes over each rollout; {own}")
+    add("--minibatch", type=at_least(2), help=f"samples of an update; {own}")
+    add("--std-lr", type=at_least(0, float), default=1.0, help="learning rate of the Gaussian's log std, times --lr")
+    add("--eval", nargs="+", metavar="CHECKPOINT", help="evaluate trained policies and leave")
+    add("--render", metavar="FILE.gif", help="with --eval: also an episode of the first one as a GIF")
+    add("--actions", metavar="FILE.png", help="with --eval: also histograms of their actions")
+    add("--benchmark", action="store_true", help="measure speed and leave")
     args = parser.parse_args()
     if (args.render or args.actions) and not args.eval:
         parser.error("--render and --actions need --eval CHECKPOINT")
@@ -671,9 +665,8 @@ def main() -> None:
     dipod.join_world(dipod.pick_device(args.device))
     if args.benchmark:
         return benchmark(args)
-    print(
-        f"{args.env}, {args.policy} flow, {args.steps} steps, methods {', '.join(args.methods)}, {args.seeds} seed(s)"
-    )
+    methods = ", ".join(args.methods)
+    print(f"{args.env}, {args.policy} flow, {args.steps} steps, methods {methods}, {args.seeds} seed(s)")
     dipod.finish(dipod.launch(train, args, COLUMNS), args, "return", PANELS, args.env)
 
 

@@ -145,9 +145,8 @@ def _logits(model, inputs: Tensor) -> Tensor:
         raise TypeError(f"model: expected a callable, tokens (M, T) -> logits (M, T, V), got {type(model).__name__}")
     logits = model(inputs)
     if not isinstance(logits, Tensor):
-        raise TypeError(
-            f"model: expected a tensor of logits (M, T, V), got {type(logits).__name__} (pass its .logits?)"
-        )
+        got = type(logits).__name__
+        raise TypeError(f"model: expected a tensor of logits (M, T, V), got {got} (pass its .logits?)")
     if logits.dim() != 3 or logits.shape[:2] != inputs.shape:
         raise ValueError(f"model: expected logits of shape {(*inputs.shape, 'V')}, got {tuple(logits.shape)}")
     return _at_least_float32(logits)
@@ -715,23 +714,22 @@ def task_parser(doc: str, methods, default, steps: int, unit: str, out: str) -> 
     summary, _, usage = doc.partition("\n\n")
     known = f"of {', '.join(methods)} (default: {' '.join(default)})"
     parser = argparse.ArgumentParser(description=summary, epilog=usage, formatter_class=_Defaults)
-    parser.add_argument("--methods", nargs="+", choices=methods, default=default, metavar="M", help=known)
-    parser.add_argument("--seeds", type=at_least(1), default=1, metavar="N", help="run seeds 0..N-1")
-    parser.add_argument("--first-seed", type=at_least(0), default=0, metavar="S", help="run S..S+N-1 instead")
-    parser.add_argument("--jobs", type=at_least(1), default=os.cpu_count(), help="processes, one torch thread each")
-    parser.add_argument("--steps", type=at_least(1), default=steps, help=f"{unit} of each run")
-    own = "default: the method's own"
-    parser.add_argument("--beta", type=at_least(0, float), help=f"weight of the on-policy ELBO; {own}")
-    parser.add_argument("--clip", type=at_least(0, float), help=f"half-width of the trust region; {own}")
-    parser.add_argument("--lr", type=at_least(0, float), help=f"learning rate; {own}")
-    parser.add_argument("--decay", action="store_true", help="decay the learning rate linearly to 0")
-    parser.add_argument("--decay-beta", action="store_true", help="decay beta linearly to 0")
-    parser.add_argument("--out", type=Path, default=Path(out), metavar="DIR", help="tables, figure and checkpoints")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out")
-    devices = ("auto", "cpu", "cuda", "mps")
-    parser.add_argument("--device", choices=devices, default="auto", help="auto: cuda if there is one, else cpu")
-    parser.add_argument("--rows", type=at_least(1), default=30, help="progress lines and metrics rows of each run")
-    parser.add_argument("--no-drift", action="store_true", help="do not measure gap and alignment while training")
+    add, own, devices = parser.add_argument, "default: the method's own", ("auto", "cpu", "cuda", "mps")
+    add("--methods", nargs="+", choices=methods, default=default, metavar="M", help=known)
+    add("--seeds", type=at_least(1), default=1, metavar="N", help="run seeds 0..N-1")
+    add("--first-seed", type=at_least(0), default=0, metavar="S", help="run S..S+N-1 instead")
+    add("--jobs", type=at_least(1), default=os.cpu_count(), help="processes, one torch thread each")
+    add("--steps", type=at_least(1), default=steps, help=f"{unit} of each run")
+    add("--beta", type=at_least(0, float), help=f"weight of the on-policy ELBO; {own}")
+    add("--clip", type=at_least(0, float), help=f"half-width of the trust region; {own}")
+    add("--lr", type=at_least(0, float), help=f"learning rate; {own}")
+    add("--decay", action="store_true", help="decay the learning rate linearly to 0")
+    add("--decay-beta", action="store_true", help="decay beta linearly to 0")
+    add("--out", type=Path, default=Path(out), metavar="DIR", help="tables, figure and checkpoints")
+    add("--resume", action="store_true", help="go on from the checkpoints in --out")
+    add("--device", choices=devices, default="auto", help="auto: cuda if there is one, else cpu")
+    add("--rows", type=at_least(1), default=30, help="progress lines and metrics rows of each run")
+    add("--no-drift", action="store_true", help="do not measure gap and alignment while training")
     return parser
 
 
@@ -1097,15 +1095,12 @@ def main() -> None:
         return draw_figure(rows, panels, args.figure, args.title) if args.figure else None
     torch.set_num_threads(1)  # six logits
     rows = []
-    print(f"{'beta':>5} {'gap on AA':>10} {'mean gap':>10} {'alignment':>10} {'reward':>8}   nats; after 1500 updates")
+    print(f"{'beta':>5} {'gap on AA':>10} {'mean gap':>10} {'alignment':>10} {'reward':>10}   nats; after 1500 updates")
     for beta in (0.0, 0.05, 0.1, 0.2, 0.5):
         history = two_token(beta)
         steps = [dict(zip(history, values)) for values in zip(*(v.tolist() for v in history.values()))]
         rows += [{"method": f"beta {beta:g}", "step": step} | values for step, values in enumerate(steps)]
-        final = steps[-1]
-        print(
-            f"{beta:5} {final['gap_AA']:10.4f} {final['gap']:10.4f} {final['alignment']:10.4f} {final['reward']:8.4f}"
-        )
+        print(f"{beta:5}", *(f"{value:10.4f}" for value in steps[-1].values()))
     if args.plot:
         draw_figure(rows, {"gap_AA": "gap on AA (nats)", "alignment": "alignment (cosine)"}, args.plot)
         print(f"written: {args.plot}")

@@ -233,9 +233,8 @@ def sample_rewards(model, targets: Tensor, length: int, each: int, device, gener
 def train(method: str, seed: int, args) -> list[dict]:
     """One run of RL from the base model; its rows of metrics.csv. Resumes from the run's checkpoint if args.resume."""
     device, started, path = dipod.pick_device(args.device), monotonic(), dipod.checkpoint_path(args.out, method, seed)
-    settings = (
-        COMMON | METHODS[method] | {k: getattr(args, k) for k in ("inner", "prompts", "graded", "decay", "decay_beta")}
-    )
+    flags = ("inner", "prompts", "graded", "decay", "decay_beta")
+    settings = COMMON | METHODS[method] | {k: getattr(args, k) for k in flags}
     settings |= {k: v for k in ("lr", "clip") if (v := getattr(args, k)) is not None}
     settings |= {k: args.beta for k in ("beta", "kl", "exact_beta") if args.beta is not None and settings[k]}
     torch.manual_seed(seed)
@@ -288,28 +287,16 @@ def train(method: str, seed: int, args) -> list[dict]:
         if not bool(norm.isfinite()):  # once per rollout: the updates themselves never wait for a GPU
             raise FloatingPointError(f"{method} seed {seed} step {iteration + 1}: non-finite gradient; stopped")
         if due:
-            means = torch.cat(
-                [torch.stack(infos).mean(0), torch.stack(seen).mean()[None], torch.stack(equal).mean()[None]]
-            )
-            row = {
-                "method": method,
-                "seed": seed,
-                "step": iteration + 1,
-                "wall": wall + monotonic() - started,
-            } | measured
+            means = torch.stack((*torch.stack(infos).mean(0), torch.stack(seen).mean(), torch.stack(equal).mean()))
+            step = iteration + 1
+            row = measured | {"method": method, "seed": seed, "step": step, "wall": wall + monotonic() - started}
             row |= zip(("ratio", "clip_fraction", "reward", "equal_groups"), dipod.world_mean(means).tolist())
             row["held_out"] = sample_rewards(model, unseen, length, 16, device, watch)[1].mean().item()
             rows.append({k: row[k] for k in COLUMNS})
             seen, equal, infos = [], [], []
-            state = {
-                "settings": settings,
-                "digits": digits,
-                "iteration": iteration + 1,
-                "rows": rows,
-                "wall": row["wall"],
-            }
+            state = {"settings": settings, "digits": digits, "iteration": step, "rows": rows, "wall": row["wall"]}
             state |= dipod.snapshot(parts, watch) | {"skipped": start / args.steps}
-            dipod.report(args, rows[-1], state, started, (iteration + 1) / args.steps)
+            dipod.report(args, rows[-1], state, started, step / args.steps)
     return rows
 
 
@@ -345,41 +332,38 @@ def check_sampler(path: Path, device, draws: int = 20_000) -> None:
         print(f"  {decode(distinct[i])}  observed {observed:.4f}  exact {p:.4f}  z {z:+.1f}")
 
 
-def benchmark(args) -> None:
+def benchmark(args, repeats: int = 40) -> None:
     """Completions, ELBOs and exact likelihoods per second, beside a bare forward pass of the same tokens."""
     import resource
 
     torch.set_num_threads(1)
     device, length = dipod.pick_device(args.device), 2 * args.digits - 1
-    model, targets = Model(PROMPT + length).to(device), split_targets(args.digits)[0]
-    tokens, _ = sample_rewards(model, targets[:8], length, SAMPLES, device)
+    model, targets = Model(PROMPT + length).to(device), split_targets(args.digits)[0][:8]
+    tokens, _ = sample_rewards(model, targets, length, SAMPLES, device)
     maskable = maskable_of(tokens)
     draws = draw_masks(maskable, DRAWS)
-    inputs = torch.where(draws.mask, MASK, tokens[:, None]).flatten(0, 1)
+    inputs, size = torch.where(draws.mask, MASK, tokens[:, None]).flatten(0, 1), len(tokens)
 
-    def seconds(f, repeats: int = 40) -> float:
-        f()
+    def per_second(count: int, f) -> float:
         times = []
-        for _ in range(repeats):
+        for _ in range(repeats + 1):  # the first one warms up
             begun = monotonic()
             f()
             times.append(monotonic() - begun)
-        return sorted(times)[repeats // 2]
+        return count / sorted(times[1:])[repeats // 2]
 
     with torch.no_grad():
-        bare, elbo = seconds(lambda: model(inputs)), seconds(lambda: masked_elbo(model, tokens, draws, MASK))
-        sampling = seconds(lambda: sample_rewards(model, targets[:8], length, SAMPLES, device))
-        exact = seconds(lambda: exact_likelihood(model, tokens, maskable, MASK))
-    bare_both = seconds(lambda: model(inputs).sum().backward())
-    elbo_both = seconds(lambda: masked_elbo(model, tokens, draws, MASK).sum().backward())
-    n = len(inputs)
-    print(f"{len(tokens)} completions of {length} tokens, {DRAWS} draws, 1 thread, {device}; medians of 40")
-    print(f"  sampling          {len(tokens) / sampling:8.0f} completions/s")
-    print(f"  ELBO              {n / elbo:8.0f} evaluations/s, {bare / elbo:.2f} of a bare forward pass")
-    print(
-        f"  ELBO and gradient {n / elbo_both:8.0f} evaluations/s, {bare_both / elbo_both:.2f} of a bare forward and backward"
-    )
-    print(f"  exact likelihood  {len(tokens) / exact:8.0f} completions/s")
+        sampling = per_second(size, lambda: sample_rewards(model, targets, length, SAMPLES, device))
+        bare = per_second(len(inputs), lambda: model(inputs))
+        elbo = per_second(len(inputs), lambda: masked_elbo(model, tokens, draws, MASK))
+        exact = per_second(size, lambda: exact_likelihood(model, tokens, maskable, MASK))
+    bare_both = per_second(len(inputs), lambda: model(inputs).sum().backward())
+    both = per_second(len(inputs), lambda: masked_elbo(model, tokens, draws, MASK).sum().backward())
+    print(f"{size} completions of {length} tokens, {DRAWS} draws, 1 thread, {device}; medians of {repeats}")
+    print(f"  sampling          {sampling:8.0f} completions/s")
+    print(f"  ELBO              {elbo:8.0f} evaluations/s, {elbo / bare:.2f} of a bare forward pass")
+    print(f"  ELBO and gradient {both:8.0f} evaluations/s, {both / bare_both:.2f} of a bare forward and backward pass")
+    print(f"  exact likelihood  {exact:8.0f} completions/s")
     untrained = args.out / "untrained.pt"  # enough to measure speed
     dipod.make_directory(args.out)
     dipod.save_checkpoint(untrained, {"model": model.state_dict(), "digits": args.digits, "rows": []})
@@ -406,23 +390,18 @@ def pretrain_bases(args) -> list[Path]:
 def main() -> None:
     """The command line."""
     parser = dipod.task_parser(__doc__, METHODS, ["fpo", "dipod", "positives"], 300, "RL iterations", "runs/lm")
-    parser.add_argument(
-        "--base", type=Path, nargs="+", metavar="FILE", help="pretrained models; default: pretrain them into --out"
-    )
-    parser.add_argument(
-        "--bases", type=dipod.at_least(1), default=3, metavar="N", help="run s starts from base s mod N"
-    )
-    parser.add_argument("--truth", type=float, default=0.7, help="share of true statements in the pretraining")
-    parser.add_argument("--graded", action="store_true", help="train on 1/(1+error) instead of right or wrong")
-    parser.add_argument("--inner", type=dipod.at_least(1), default=8, help="updates on each rollout")
-    parser.add_argument("--prompts", type=dipod.at_least(1), default=8, help="prompts of a rollout, 8 samples each")
-    parser.add_argument("--digits", type=int, choices=(2, 3, 4), default=3, help="of a completion, 2*digits-1 tokens")
-    parser.add_argument(
-        "--samples", action="store_true", help="print completions of the base and of each trained model"
-    )
-    parser.add_argument("--check", action="store_true", help="compare the sampler with exact likelihoods and leave")
-    parser.add_argument("--benchmark", action="store_true", help="measure speed and leave")
     parser.set_defaults(rows=10)  # the exact likelihoods of a row cost as much as several iterations
+    add, at_least = parser.add_argument, dipod.at_least
+    add("--base", type=Path, nargs="+", metavar="FILE", help="pretrained models; default: pretrain them into --out")
+    add("--bases", type=at_least(1), default=3, metavar="N", help="run s starts from base s mod N")
+    add("--truth", type=float, default=0.7, help="share of true statements in the pretraining")
+    add("--graded", action="store_true", help="train on 1/(1+error) instead of right or wrong")
+    add("--inner", type=at_least(1), default=8, help="updates on each rollout")
+    add("--prompts", type=at_least(1), default=8, help="prompts of a rollout, 8 samples each")
+    add("--digits", type=int, choices=(2, 3, 4), default=3, help="of a completion, 2*digits-1 tokens")
+    add("--samples", action="store_true", help="print completions of the base and of each trained model")
+    add("--check", action="store_true", help="compare the sampler with exact likelihoods and leave")
+    add("--benchmark", action="store_true", help="measure speed and leave")
     args = parser.parse_args()
     if not 0 <= args.truth <= 1:
         parser.error(f"--truth: expected a share in [0, 1], got {args.truth:g}")
@@ -432,9 +411,8 @@ def main() -> None:
     torch.set_num_threads(1)
     dipod.join_world(device)
     args.base = args.base or pretrain_bases(args)
-    used = list(
-        dict.fromkeys(args.base[s % len(args.base)] for s in range(args.first_seed, args.first_seed + args.seeds))
-    )
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
+    used = list(dict.fromkeys(args.base[seed % len(args.base)] for seed in seeds))
     args.digits = load_model(used[0], device)[1]
     if args.check:
         return check_sampler(used[0], device)
@@ -443,12 +421,10 @@ def main() -> None:
         model, parts = load_model(path, device)[0], split_targets(args.digits)
         shares = [sample_rewards(model, t, 2 * args.digits - 1, 64, device)[1].mean() for t in parts]
         print(f"base model {path}: reward {shares[0]:.3f}, on held-out targets {shares[1]:.3f}")
-    rows = dipod.launch(train, args, COLUMNS)
-    dipod.finish(
-        rows, args, "reward", PANELS, f"lr {COMMON['lr'] if args.lr is None else args.lr:g}, {args.inner} inner updates"
-    )
+    title = f"lr {COMMON['lr'] if args.lr is None else args.lr:g}, {args.inner} inner updates"
+    dipod.finish(dipod.launch(train, args, COLUMNS), args, "reward", PANELS, title)
     if args.samples:
-        runs = product(args.methods, range(args.first_seed, args.first_seed + args.seeds))
+        runs = product(args.methods, seeds)
         show_samples([*used, *(dipod.checkpoint_path(args.out, *run) for run in runs)], device)
 
 
