@@ -517,7 +517,7 @@ def train(method: str, seed: int, args) -> list[dict]:
 def load_policy(path) -> tuple[nn.Module, Statistics, dict]:
     """A checkpoint's policy, its observation statistics and its settings."""
     state = dipod.load_checkpoint(path)
-    settings = state.get("settings") or dipod.fail(f"{path}: not a checkpoint of control_task.py")
+    settings = state["settings"] if "policy" in state else dipod.fail(f"{path}: not a checkpoint of control_task.py")
     policy, statistics = make_policy(settings), Statistics(settings["obs_dim"], 1)
     policy.load_state_dict(state["policy"])
     statistics.load_state_dict(state["statistics"])

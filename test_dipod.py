@@ -1584,3 +1584,27 @@ def test_a_truncated_checkpoint_is_one_clear_line(base, tmp_path, capsys):
     with pytest.raises(SystemExit):
         dipod.load_checkpoint(tmp_path / "cut.pt")
     assert "cut.pt: not a readable checkpoint" in capsys.readouterr().err
+
+
+def test_the_other_task_s_checkpoint_is_one_clear_line(base, tmp_path, capsys):
+    control_task.train("ppo", 0, control_args(tmp_path, steps=1024))
+    lm_task.train("fpo", 0, lm_args(tmp_path, base, steps=1))
+    for load, own, other in (
+        (control_task.load_policy, tmp_path / "ppo_0.pt", tmp_path / "fpo_0.pt"),
+        (lambda path: lm_task.load_model(path, "cpu"), tmp_path / "fpo_0.pt", tmp_path / "ppo_0.pt"),
+    ):
+        load(own)
+        with pytest.raises(SystemExit):
+            load(other)
+        assert f"{other}: not a checkpoint of" in capsys.readouterr().err
+
+
+def test_resume_with_other_settings_is_refused(base, tmp_path, capsys):
+    for task, args in ((lm_task, lm_args(tmp_path, base, steps=1)), (control_task, control_args(tmp_path, steps=1024))):
+        task.train("dipod", 0, args)
+        args.lr, args.decay, args.resume = 0.5, True, True
+        with pytest.raises(SystemExit):
+            task.train("dipod", 0, args)
+        assert "dipod_0.pt was trained with other settings (" in (said := capsys.readouterr().err)
+        assert {"lr", "decay"} == set(said[said.index("(") + 1 : said.index(")")].split(", "))
+        (tmp_path / "dipod_0.pt").unlink()
