@@ -3,7 +3,7 @@
     python control_task.py                                        # fpo, dipod, ppo on the default environment
     python control_task.py --env HalfCheetah-v5 --seeds 3 --jobs 2
     python control_task.py --policy linear                        # FPO's textbook flow
-    python control_task.py --epochs 10 --minibatch 256 --lr 1e-3 --decay  # PPO's many small updates: slower, better on some
+    python control_task.py --epochs 10 --minibatch 256 --lr 1e-3 --decay  # PPO's many small updates: slower
     python control_task.py --eval runs/control/dipod_0.pt         # 20 stochastic episodes, 20 with zero noise
     python control_task.py --eval runs/control/dipod_0.pt --render dipod.gif
     python control_task.py --env TwoDoors-v0 --steps 400000       # where a Gaussian cannot win
@@ -35,10 +35,11 @@ ROLLOUT, GAMMA, LAMBDA, MAX_GRAD_NORM, MIN_TIME = 128, 0.99, 0.95, 0.5, 0.005
 # What a run has unless its method, its policy or a flag says otherwise.
 COMMON = {"beta": 0.0, "trust_region": "ppo", "per_draw": False, "fresh": False, "flow_only": False}
 COMMON |= {"every": 0, "distill": 0, "first": 0}
-# `fpo` and `dipod` differ in beta alone, as do `fpo++` and `dipod++`. interleave is Algorithm 1: after every `every` rollouts
-# `distill` updates of self-distillation. distill: `first` such updates of the untrained flow, then fpo++. dipod-fresh takes
-# the regularizer on actions sampled at each update: on the rollout's own, epoch after epoch, it also fits those actions.
-# dipod-flow takes it on the flow's part z of the rollout's actions, so that the Gaussian head, which has no gap, is left out.
+# `fpo` and `dipod` differ in beta alone, as do `fpo++` and `dipod++`. interleave is Algorithm 1: after every `every`
+# rollouts `distill` updates of self-distillation. distill: `first` such updates of the untrained flow, then fpo++.
+# dipod-fresh takes the regularizer on actions sampled at each update: on the rollout's own, epoch after epoch, it also
+# fits those actions. dipod-flow takes it on the flow's part z of the rollout's actions, so that the Gaussian head,
+# which has no gap, is left out.
 METHODS = {
     "ppo": {},
     "fpo": {},
@@ -99,8 +100,8 @@ class GaussianPolicy(nn.Module):
 class FlowPolicy(nn.Module):
     """A velocity field of 64x2 SiLU on (observation, time embedding, x), with or without a Gaussian head.
 
-    "linear" is FPO's textbook flow. "whitened" starts tight: the path preserves variance, the last layer is zero, so that
-    the flow is a standard normal z with gap 0, and action = mean(obs) + std * z. With head=False mean is 0 and std 1.
+    "linear" is FPO's textbook flow. "whitened" starts tight: the path preserves variance, the last layer is zero, so
+    that the flow is a standard normal z with gap 0, and action = mean(obs) + std * z; head=False: mean 0 and std 1.
     """
 
     def __init__(self, obs_dim: int, action_dim: int, kind: str, head: bool, num_steps: int, solver: str):
@@ -144,7 +145,7 @@ class FlowPolicy(nn.Module):
         return field
 
     def actor(self):
-        """act(obs, noise) -> action for one rollout, under no_grad: what neither obs nor x changes is computed once, here."""
+        """act(obs, noise) -> action for one rollout, under no_grad; what neither obs nor x changes is computed here."""
         time_weight, x_weight = self.inner_in.weight.T.split((8, self.inner_in.in_features - 8))
         obs_weight, at_time = self.obs_in.weight.T, (self.call_embedding @ time_weight + self.obs_in.bias)[:, None]
         (w1, b1), (w2, b2) = ((layer.weight.T, layer.bias) for layer in (self.rest[1], self.rest[3]))
@@ -184,7 +185,7 @@ class FlowPolicy(nn.Module):
         return elbo - self.head.log_std.sum() if self.head and not flow_only else elbo
 
     def nats(self, obs: Tensor, noise: Tensor, action: Tensor, draws: FlowDraws) -> tuple[Tensor, Tensor, Tensor]:
-        """Exact log_prob (B,) of the actions that `noise` leads to, their true ELBO (B,), and which are invertible (B,)."""
+        """Exact log_prob (B,) of the actions that `noise` leads to, their ELBO (B,), and which are invertible (B,)."""
         z = self.whiten(obs, action)
         velocity, log_det = self.velocity(obs), self.head.log_std.sum() if self.head else 0.0
         _, log_prob, invertible = flow_log_prob(velocity, noise, **self.solver, action=z, return_invertible=True)
@@ -296,8 +297,8 @@ def normalize(advantages: Tensor) -> Tensor:
 def gae(rewards, values, next_values, terminated, done, gamma=GAMMA, lam=LAMBDA) -> Tensor:
     """Generalised advantage estimates, all arguments and the result (S, E).
 
-    `next_values` is the value of the observation that the step led to, the episode's last one where it ended: truncation is
-    not termination, it bootstraps; either way nothing flows back from the next episode.
+    `next_values` is the value of the observation that the step led to, the episode's last one where it ended:
+    truncation is not termination, it bootstraps; either way nothing flows back from the next episode.
     """
     delta = rewards + gamma * next_values * ~terminated - values
     advantages, running = torch.empty_like(delta), torch.zeros_like(delta[0])
@@ -340,7 +341,7 @@ def rollout(policy, value, envs, obs: np.ndarray, statistics: Statistics, device
 def drift(policy: FlowPolicy, batch: dict, generator: torch.Generator, samples: int = 512) -> dict[str, float]:
     """Gap, alignment and entropy on on-policy samples, exactly; from the batch before its first update.
 
-    noise_floor is the cosine between the true gradients of two halves of the samples: how far sampling noise alone turns it.
+    noise_floor is the cosine between the true gradients of two halves of the samples: what sampling noise alone does.
     """
     some = torch.randperm(len(batch["obs"]), generator=generator, device=batch["obs"].device)[:samples]
     obs, noise, action, advantages = (batch[k][some] for k in ("obs", "noise", "action", "advantages"))

@@ -14,8 +14,8 @@ RL on a diffusion policy cannot evaluate log pi(a|o) and climbs its ELBO instead
 
 First drift: updates on the proxy let the gap grow. Second drift: where grad gap != 0 the proxy turns away from the true
 gradient. On policy E[grad log_prob] = 0, so E[grad elbo] = -E[grad gap]: maximising the ELBO of one's own samples
-(self-distillation) is pure descent on the gap, which does not ask about rewards. DiPOD adds that term to every update, so
-that the reward's pull and the bound's stay together; alone, and for long, the term would close the gap at any price.
+(self-distillation) is pure descent on the gap, which does not ask about rewards. DiPOD adds that term to every update,
+so that the reward's pull and the bound's stay together; alone, and for long, the term would close the gap at any price.
 
 Higher is better everywhere, likelihoods are in nats, and the lines that differ from PPO carry the tag [DiPOD].
 Shapes: B samples, T tokens of which L are maskable, N draws, A action dimensions, V vocabulary, P prompts of G samples.
@@ -83,7 +83,7 @@ def _check_name(name: str, value: str, known) -> None:
 
 
 def _check_values(name: str, x: Tensor, ok: Callable[[Tensor], Tensor], expected: str) -> None:
-    """Checks values where reading them costs nothing: on the CPU, outside torch.compile (no GPU sync, no graph break)."""
+    """Checks values where reading them is free: on the CPU, outside torch.compile (no GPU sync, no graph break)."""
     if not torch.compiler.is_compiling() and x.device.type == "cpu" and not bool(ok(x.detach()).all()):
         raise ValueError(f"{name}: expected {expected}, got {x.detach()}")
 
@@ -93,7 +93,7 @@ def _at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-# 1. Masked diffusion (discrete): a completion of L tokens, revealed one random position at a time. -----------------------
+# 1. Masked diffusion (discrete): a completion of L tokens, revealed one random position at a time. --------------------
 # The paper's preliminaries; LLaDA (arXiv 2502.09992). The ELBO masks k of the L tokens, k uniform on 1..L,
 # and weights the masked log-probabilities by L/k. That is the bound of the sampler below, which unmasks one at a time.
 
@@ -108,16 +108,16 @@ class MaskDraws(NamedTuple):
 def draw_masks(maskable: Tensor, num_draws: int, generator: torch.Generator | None = None) -> MaskDraws:
     """Draws masks for `masked_elbo`: k of L tokens, k uniform on 1..L, uniformly which.
 
-    Every draw is unbiased. Together they are antithetic and stratified: draws come in pairs that mask the first k and the
-    last L+1-k of one random order, and the pairs' k are spread over 1..L. Never k = 0: that would train nothing, and the
-    fully masked context, the sampler's first step, needs its share.
+    Every draw is unbiased. Together they are antithetic and stratified: draws come in pairs that mask the first k and
+    the last L+1-k of one random order, and the pairs' k are spread over 1..L. Never k = 0: that would train nothing,
+    and the fully masked context, the sampler's first step, needs its share.
 
     Args:
         maskable: (B, T) bool, the completion's tokens, at least one in each row.
         num_draws: N.
         generator: on `maskable`'s device; default the global one.
     Returns: MaskDraws. A row without maskable tokens has weight 0 where values are not checked (see Raises).
-    Raises: ValueError: wrong shape, num_draws < 1, or (on the CPU) a row without maskable tokens. TypeError: wrong type.
+    Raises: ValueError: wrong shape, num_draws < 1, or (on the CPU) no maskable token in a row. TypeError: wrong type.
     """
     _check(maskable=(maskable, "BT", "bool"))
     _check_number("num_draws", num_draws, 1, integer=True)
@@ -190,9 +190,9 @@ def masked_elbo(model, tokens: Tensor, draws: MaskDraws, mask_id: int) -> Tensor
 def masked_bounds(model, tokens: Tensor, draws: MaskDraws, mask_id: int, power: float = 1.0) -> tuple[Tensor, Tensor]:
     """ELBO and SPG's EUBO from one forward pass.
 
-    eubo = L * mean over scored tokens i of (1/power) log mean over draws of [masked_i * weight * p(x_i|z)^power]; a token is
-    scored if at least one draw masks it. With infinitely many draws this is an upper bound of log pi for large power only
-    (power >= L suffices, by Hoelder); at power = 1 it can lie below log pi. The mean over few draws sits below its limit.
+    eubo = L * mean over scored tokens i of (1/power) log mean over draws of [masked_i * weight * p(x_i|z)^power]; a
+    token is scored if at least one draw masks it. With infinitely many draws it is an upper bound of log pi for large
+    power only (power >= L suffices, by Hoelder); at power = 1 it can lie below log pi. Few draws sit below the limit.
 
     Args:
         model, tokens, draws, mask_id: as in `masked_elbo`.
@@ -222,8 +222,8 @@ def sample_masked(
     Args:
         model: callable, tokens (M, T) -> logits (M, T, V).
         tokens: (B, T) int, `mask_id` where a token is to be sampled; rows may differ in how many.
-        mask_id: never sampled. If it is among the V outputs, give it logit -inf in the model, or the likelihoods of this
-            file, which do not renormalise, are not those of this sampler.
+        mask_id: never sampled. If it is among the V outputs, give it logit -inf in the model, or the likelihoods of
+            this file, which do not renormalise, are not those of this sampler.
         temperature: of the token's distribution, 0 for argmax; the likelihoods of this file are those at 1.
         generator: on `tokens`' device; default the global one.
     Returns: (B, T) tokens without masks.
@@ -247,10 +247,10 @@ def sample_masked(
     return tokens
 
 
-# 2. Flow policy (continuous): an ODE carries noise at t = 1 to the action at t = 0. ----------------------------------------
-# The paper's preliminaries; FPO (arXiv 2507.21053). The linear path is FPO's; the variance-preserving one ("vp") has the
-# exact velocity 0 for a standard normal, so that a zero network starts with a tight bound. `time` is always in [0, 1]; the
-# path's own clock runs over `_SPAN`, and a velocity is a derivative by that clock.
+# 2. Flow policy (continuous): an ODE carries noise at t = 1 to the action at t = 0. -----------------------------------
+# The paper's preliminaries; FPO (arXiv 2507.21053). The linear path is FPO's; the variance-preserving one ("vp") has
+# the exact velocity 0 for a standard normal, so that a zero network starts with a tight bound. `time` is always in
+# [0, 1]; the path's own clock runs over `_SPAN`, and a velocity is a derivative by that clock.
 
 _SPAN = {"linear": 1.0, "vp": math.pi / 2}
 
@@ -315,8 +315,8 @@ def flow_elbo(velocity, action: Tensor, draws: FlowDraws, path: str = "linear") 
     """Minus the conditional flow matching loss, one estimate per draw; FPO's stand-in for the ELBO.
 
     x = (1-t)*action + t*noise, target noise - action ("linear"); or x = cos(tau)*action + sin(tau)*noise, target
-    cos(tau)*noise - sin(tau)*action, tau = t*pi/2 ("vp"). It is the ELBO only up to weighting and a constant: `flow_bound`
-    is the bound itself, in nats.
+    cos(tau)*noise - sin(tau)*action, tau = t*pi/2 ("vp"). It is the ELBO only up to weighting and a constant:
+    `flow_bound` is the bound itself, in nats.
 
     Args:
         velocity: callable, (x (..., A), time (..., 1)) -> (..., A); here x is (B, N, A).
@@ -354,8 +354,8 @@ def _check_solver(noise: Tensor, num_steps: int, method: str, path: str) -> None
 def flow_sample(velocity, noise: Tensor, num_steps: int, method: str = "midpoint", path: str = "linear") -> Tensor:
     """Integrates dx/dt = velocity from noise (t = 1) to the action (t = 0).
 
-    Midpoint with n steps costs as much as Euler with 2n, and shrinks the policy's spread far less when it is distilled on
-    its own samples.
+    Midpoint with n steps costs as much as Euler with 2n, and shrinks the policy's spread far less when it is distilled
+    on its own samples.
 
     Args:
         velocity: callable, (x (B, A), time (B, 1)) -> (B, A).
@@ -373,12 +373,12 @@ def flow_sample(velocity, noise: Tensor, num_steps: int, method: str = "midpoint
     return x
 
 
-# 3. Policy gradient on the ELBO, and DiPOD. --------------------------------------------------------------------------------
-# The paper's method, Algorithms 1 and 2. FPO puts exp(elbo - old_elbo) where PPO (arXiv 1707.06347) has the likelihood ratio.
-# Before the first update (ratio 1, nothing clipped) Algorithm 2's gradient is E[(A + beta) grad elbo]: DiPOD is then an
-# advantage shifted by beta. Algorithm 1, which interleaves self-distillation, is `beta * elbo` alone on fresh samples.
-# The term is on policy at a rollout's first update. Repeated on the same samples it also fits them: control_task.py's
-# dipod-fresh samples anew, and its dipod-flow leaves out the part of the policy whose likelihood is exact.
+# 3. Policy gradient on the ELBO, and DiPOD. ---------------------------------------------------------------------------
+# The paper's method, Algorithms 1 and 2. FPO puts exp(elbo - old_elbo) where PPO (arXiv 1707.06347) has the likelihood
+# ratio. Before the first update (ratio 1, nothing clipped) Algorithm 2's gradient is E[(A + beta) grad elbo]: DiPOD is
+# then an advantage shifted by beta. Algorithm 1, which interleaves self-distillation, is `beta * elbo` alone on fresh
+# samples. The term is on policy at a rollout's first update; repeated on the same samples it also fits them:
+# control_task.py's dipod-fresh samples anew, its dipod-flow leaves out the part whose likelihood is exact.
 
 
 def _weighted_mean(weight: Tensor | None, size: Tensor) -> Callable[[Tensor], Tensor]:
@@ -409,16 +409,16 @@ def dipod_loss(
             `old_elbo`.
         old_elbo: as `elbo`, from the policy that sampled; taken as a constant.
         advantages: (B,).
-        beta: >= 0, in units of advantage per unit of `elbo`: on a per-token ELBO the same beta is L times weaker than on
-            a per-sequence one.
+        beta: >= 0, in units of advantage per unit of `elbo`: on a per-token ELBO the same beta is L times weaker than
+            on a per-sequence one.
         clip: > 0, half-width of the trust region in ratio.
         trust_region: "ppo", min(ratio*A, clamp(ratio, 1-clip, 1+clip)*A); "spo", ratio*A - |A|/(2 clip) (ratio-1)^2;
             "aspo" (FPO++), ppo where A > 0 and spo elsewhere.
         weight: (B,) >= 0 or None; every mean over samples becomes sum(w*x)/sum(w). Completion lengths for length
             weighting, 0 for steps that must not count.
         max_log_ratio: the log ratio is capped here from above, with a straight-through gradient, so that exp is finite.
-    Returns: loss, 0-d; info, detached 0-d tensors "policy_loss", "elbo", "ratio", "clip_fraction" (share of ratios that are
-        farther than clip from 1).
+    Returns: loss, 0-d; info, detached 0-d tensors "policy_loss", "elbo", "ratio", "clip_fraction" (share of ratios that
+        are farther than clip from 1).
     Raises: ValueError: wrong shapes, clip <= 0, unknown trust_region, bad weights (on the CPU). TypeError: wrong types.
     Source: arXiv 2606.13795 Algorithm 2; FPO (2507.21053); SPO and ASPO as in FPO++ (2602.02481).
     """
@@ -446,7 +446,7 @@ def dipod_loss(
 def spg_loss(
     elbo: Tensor, eubo: Tensor, advantages: Tensor, beta: float = 0.05, mix: float = 0.5, weight: Tensor | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """SPG with DiPOD's regularizer: climb the ELBO of good samples, descend a mix of EUBO and ELBO of bad ones; no ratio.
+    """SPG with DiPOD's regularizer: climb good samples' ELBO, descend a mix of EUBO and ELBO of bad ones; no ratio.
 
     score = elbo where A > 0, else mix*eubo + (1-mix)*elbo; loss = mean(-A*score) - beta*mean(elbo). beta = 0 is SPG.
 
@@ -491,7 +491,7 @@ def group_advantages(rewards: Tensor, normalize: bool = True) -> Tensor:
     return centred / (relative.std(1, keepdim=True) + 1e-4) if normalize else centred
 
 
-# 4. Measuring the drift: exact likelihoods, the gap, and the alignment of proxy and true gradient. ----------------------------
+# 4. Measuring the drift: exact likelihoods, the gap, and the alignment of proxy and true gradient. --------------------
 # The paper's double drift. Exact, so small: 2^L contexts of a completion, A x A Jacobians of an action.
 
 
@@ -500,8 +500,8 @@ def exact_likelihood(
 ) -> tuple[Tensor, Tensor]:
     """Exact log-likelihood of `sample_masked` and exact ELBO, from all 2^L - 1 contexts of a row; differentiable.
 
-    The dynamic programme over revealed subsets S: F({}) = 1, F(S+i) += F(S) p(x_i|x_S) / (L-|S|), pi(x) = F(all), in log
-    space. ELBO: sum over sizes s of the mean over |S| = s of the mean over i not in S of log p(x_i|x_S).
+    The dynamic programme over revealed subsets S: F({}) = 1, F(S+i) += F(S) p(x_i|x_S) / (L-|S|), pi(x) = F(all), in
+    log space. ELBO: sum over sizes s of the mean over |S| = s of the mean over i not in S of log p(x_i|x_S).
 
     Args:
         model: callable, tokens (M, T) -> logits (M, T, V).
@@ -557,10 +557,10 @@ def flow_log_prob(
 ) -> tuple[Tensor, ...]:
     """Samples like `flow_sample` and returns the exact log-likelihood of that discrete sampler's action.
 
-    log_prob = log N(noise) - sum over solver steps of log|det Jacobian|. Its gradient is the score, d log pi(a) / d theta
-    at the action held fixed: the noise that leads to a fixed action moves with theta, which one differentiable Newton step
-    per solver step, back along the stored path, accounts for (its value is the path itself, its derivative the implicit
-    function's).
+    log_prob = log N(noise) - sum over solver steps of log|det Jacobian|. Its gradient is the score, d log pi(a)/d theta
+    at the action held fixed: the noise that leads to a fixed action moves with theta, which one differentiable Newton
+    step per solver step, back along the stored path, accounts for (its value is the path itself, its derivative the
+    implicit function's).
 
     Args:
         velocity, noise (B, A), num_steps, method, path: as in `flow_sample`. Rows must not interact.
@@ -601,14 +601,14 @@ def flow_bound(velocity, action: Tensor, draws: FlowDraws, path: str = "linear",
     """The flow's true ELBO in nats, one estimate per draw, so that a gap of 0 means tight.
 
     log N(action) - integral over the path's clock of (alpha/sigma) (|v-u|^2 - |v0-u|^2), u = dx/dt and v0 the exact
-    velocity of a standard normal, for which the bound is tight. For "vp", v0 = 0 and alpha/sigma = cot(tau). It bounds the
-    likelihood of the SDE with this velocity while the sampler is the ODE: one sample's gap may be negative, the mean over
-    the policy's own samples may not.
+    velocity of a standard normal, for which the bound is tight. For "vp", v0 = 0 and alpha/sigma = cot(tau). It bounds
+    the likelihood of the SDE with this velocity while the sampler is the ODE: one sample's gap may be negative, the
+    mean over the policy's own samples may not.
 
     Args:
         velocity, action (B, A), draws, path: as in `flow_elbo`.
-        min_time: the integral starts here. It converges at 0 only if velocity = v0 there (for "vp" an output that vanishes
-            like sin(tau)); else truncate, and say so.
+        min_time: the integral starts here. It converges at 0 only if velocity = v0 there (for "vp" an output that
+            vanishes like sin(tau)); else truncate, and say so.
     Returns: (B, N) nats.
     Raises: As `flow_elbo`; ValueError for min_time outside [0, 1].
     Source: the variational bound of VDM (arXiv 2107.00630), written for a velocity.
@@ -648,7 +648,7 @@ def alignment(proxy: Tensor, true: Tensor, parameters) -> Tensor:
     return (a @ b) / (a.norm() * b.norm())
 
 
-# 5. The two-token example: both drifts, exactly. -------------------------------------------------------------------------------
+# 5. The two-token example: both drifts, exactly. ----------------------------------------------------------------------
 # The paper's controlled diagnostic, its Figure 2.
 
 
@@ -664,8 +664,8 @@ def two_token(
         steps: updates.
         lr: step size.
         rewards: of AA, AB, BA, BB.
-    Returns: dict of (steps+1,) float64 tensors, before each update and after the last: "gap_AA" and "gap" (mean under pi) in
-        nats, "alignment" of E_pi[A grad elbo] with E_pi[A grad log_prob], "reward" (expected).
+    Returns: dict of (steps+1,) float64 tensors, before each update and after the last: "gap_AA" and "gap" (mean under
+        pi) in nats, "alignment" of E_pi[A grad elbo] with E_pi[A grad log_prob], "reward" (expected).
     Raises: ValueError: beta < 0, steps < 0, lr <= 0 or not four rewards. TypeError: wrong types.
     """
     _check_number("beta", beta, 0)
@@ -699,7 +699,7 @@ def two_token(
     return history
 
 
-# ===============================================================================================================================
+# ======================================================================================================================
 # The method ends here. Below: running and reporting, which both tasks need and nobody has to copy.
 
 # Okabe and Ito's colour-blind safe palette; a method has one colour in every figure.
@@ -833,7 +833,7 @@ def load_checkpoint(path: Path, device="cpu") -> dict:
 
 
 def snapshot(parts: dict, watch: torch.Generator) -> dict:
-    """What a run goes on from: the states of its parts (all that has a state_dict) and of every process's generators."""
+    """What a run goes on from: the states of its parts (all with a state_dict) and of every process's generators."""
     own = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
     states = [own] * world()[1]
     if world()[1] > 1:

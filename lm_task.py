@@ -8,9 +8,9 @@
     python lm_task.py --samples                           # also print completions of the base and the trained models
     python lm_task.py --benchmark                         # where the time goes
 
-The prompt is a two-digit target, the completion digits and signs: `13:9+3+1`. Reward 1 if the completion is a sum of the
-right form that equals the target, else 0. The length is fixed, so 2^5 contexts give the exact likelihood of a real
-transformer while it trains. Shapes: B = P*G completions (P prompts, G samples), T tokens of which L are maskable, N draws.
+The prompt is a two-digit target, the completion digits and signs: `13:9+3+1`. Reward 1 if the completion is a sum of
+the right form that equals the target, else 0. The length is fixed, so 2^5 contexts give the exact likelihood of a real
+transformer while it trains. Shapes: B = P*G completions (P prompts of G samples), T tokens, L maskable, N draws.
 """
 
 import math
@@ -41,11 +41,11 @@ SAMPLES, DRAWS = 8, 4  # of each prompt; of each completion, kept for old, new a
 # What a run has unless its method or a flag says otherwise. `loss`: which of dipod.py's losses, `score`: on what.
 COMMON = {"lr": 3e-4, "clip": 0.2, "loss": "ratio", "score": "elbo", "beta": 0.0, "mix": 0.0, "positives": False}
 COMMON |= {"mixed": False, "distill_every": 0, "kl": 0.0, "exact_beta": 0.0}
-# interleave, Algorithm 1, spends every second rollout on self-distillation, so that all methods have the same numbers of
-# samples and updates. Controls: dipod-mixed leaves groups of equal rewards out of the regularizer, for without advantages
-# nothing but it would move them; fpo-kl is held near the base model instead of tight, fpo-exact has DiPOD's term on the
-# exact log-likelihood, where it is no pressure on the gap, and distill only distils, distill-exact by the exact
-# log-likelihood: what that does to a policy by itself.
+# interleave, Algorithm 1, spends every second rollout on self-distillation, so that all methods have the same numbers
+# of samples and updates. Controls: dipod-mixed leaves groups of equal rewards out of the regularizer, for without
+# advantages nothing but it would move them; fpo-kl is held near the base model instead of tight, fpo-exact has DiPOD's
+# term on the exact log-likelihood, where it is no pressure on the gap, and distill only distils, distill-exact by the
+# exact log-likelihood: what that does to a policy by itself.
 METHODS = {
     "fpo": {},
     "dipod": {"beta": 0.3},
