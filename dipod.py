@@ -702,11 +702,12 @@ def two_token(
 # ======================================================================================================================
 # The method ends here. Below: running and reporting, which both tasks need and nobody has to copy.
 
-# Okabe and Ito's colour-blind safe palette; a method has one colour in every figure.
-COLORS = {"fpo": "#D55E00", "dipod": "#0072B2", "ppo": "#000000", "positives": "#009E73", "interleave": "#CC79A7"}
-COLORS |= {"fpo++": "#E69F00", "dipod++": "#56B4E9", "distill": "#999999", "exact": "#000000", "reinforce": "#999999"}
-COLORS |= {"spg": "#E69F00", "spg-dipod": "#56B4E9", "d1": "#F0E442"}
-COLORS |= {"dipod-mixed": "#56B4E9", "dipod-fresh": "#009E73", "dipod-flow": "#CC79A7"}
+# Okabe and Ito's colour-blind safe palette, then Paul Tol's; a method has one colour in every figure.
+COLORS = {"fpo": "#D55E00", "dipod": "#0072B2", "ppo": "#000000", "exact": "#000000", "positives": "#009E73"}
+COLORS |= {"dipod-fresh": "#009E73", "dipod-flow": "#CC79A7", "dipod-mixed": "#56B4E9", "dipod++": "#56B4E9"}
+COLORS |= {"fpo++": "#E69F00", "spg": "#E69F00", "spg-dipod": "#44AA99", "d1": "#F0E442", "interleave": "#882255"}
+COLORS |= {"distill": "#999999", "reinforce": "#117733", "fpo-kl": "#DDCC77"}
+COLORS |= {"fpo-exact": "#332288", "distill-exact": "#88CCEE"}
 
 
 def task_parser(doc: str, methods, default, steps: int, unit: str, out: str) -> argparse.ArgumentParser:

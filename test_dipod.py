@@ -812,6 +812,11 @@ def test_fpo_and_dipod_differ_in_beta_alone():
                 assert settings[plain] | {"beta": 0.3} == settings[ours] and settings[plain]["beta"] == 0
 
 
+def test_no_two_methods_of_a_task_share_a_colour():
+    for task in (control_task, lm_task):
+        assert len({dipod.COLORS[method] for method in task.METHODS}) == len(task.METHODS)
+
+
 @pytest.mark.parametrize("method", control_task.METHODS)
 def test_control_same_seed_same_numbers_with_or_without_diagnostics(method, tmp_path, capsys):
     runs = []
