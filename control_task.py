@@ -368,7 +368,7 @@ def build(method: str, seed: int, args) -> tuple:
     settings["minibatch"] = dipod.share_of("minibatch", settings["minibatch"])
     torch.manual_seed(seed)
     envs = make_envs(args.env, dipod.share_of("--num-envs", args.num_envs))
-    if (size := ROLLOUT * envs.num_envs) % settings["minibatch"] == 1:
+    if (size := ROLLOUT * envs.num_envs) % settings["minibatch"] == 1 == dipod.world()[1]:  # one has no deviation
         dipod.fail(f"--minibatch: expected not to leave one of {size} samples over, got {settings['minibatch']}")
     obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     settings |= {"method": method, "seed": seed, "env": args.env, "policy": kind, "head": not args.no_head}
