@@ -228,11 +228,15 @@ gym.register("TwoDoors-v0", entry_point=TwoDoors)
 def make_envs(env: str, num_envs: int):
     """Vector environment for policies in [-1, 1]; refuses what the policies cannot act in."""
     try:
+        import mujoco
+
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            mujoco.set_mju_user_warning(lambda text: None)  # a newer MuJoCo's, about gymnasium's own models
             modes = {"autoreset_mode": AutoresetMode.SAME_STEP}
             envs = gym.make_vec(env, num_envs=num_envs, vectorization_mode="sync", vector_kwargs=modes)
-    except (gym.error.Error, ImportError, AttributeError) as e:  # AttributeError: a broken MUJOCO_GL
+            mujoco.set_mju_user_warning(None)
+    except (gym.error.Error, ImportError, AttributeError, RuntimeError) as e:  # the last two: a broken MUJOCO_GL
         dipod.fail(f"--env {env}: {str(e).splitlines()[0]}")
     for name, space in (("observations", envs.single_observation_space), ("actions", envs.single_action_space)):
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:

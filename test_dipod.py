@@ -889,6 +889,17 @@ def test_control_bad_input_is_one_line_and_status_2(arguments, said, monkeypatch
     fails_with_one_line(control_task.main, arguments, said, monkeypatch, capsys)
 
 
+def test_a_broken_mujoco_gl_is_one_clear_line(monkeypatch):
+    monkeypatch.setenv("MUJOCO_GL", "bad")
+    done = run_task("control_task.py", "--steps", 1)
+    assert done.returncode == 2 and done.stderr.startswith("error: --env Reacher-v5: ") and done.stderr.count("\n") == 1
+
+
+def test_environments_are_made_without_warnings(capfd):
+    control_task.make_envs("HalfCheetah-v5", 2).close()  # newer versions of MuJoCo complain about its model
+    assert capfd.readouterr() == ("", "")
+
+
 # lm_task.py
 
 
