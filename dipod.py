@@ -845,10 +845,10 @@ def snapshot(parts: dict, watch: torch.Generator) -> dict:
 def restore(path: Path, settings: dict, parts: dict, watch: torch.Generator, device) -> dict:
     """Brings a run's parts and generators to where its checkpoint left them; one clear line if the settings differ."""
     state, (rank, size) = load_checkpoint(path, device), world()
+    if (had := len(state.get("rng", ()))) != size:  # first, for a minibatch's share depends on it
+        fail(f"--resume: expected {had} processes, as the checkpoint had, got {size}")
     if changed := [k for k, v in settings.items() if state.get("settings", {}).get(k) != v]:
         fail(f"--resume: {path} was trained with other settings ({', '.join(changed)})")
-    if len(state["rng"]) != size:
-        fail(f"--resume: expected {len(state['rng'])} processes, as the checkpoint had, got {size}")
     for name, part in parts.items():
         part.load_state_dict(state[name])
     watch.set_state(state["watch"].cpu())

@@ -1529,7 +1529,7 @@ def test_torchrun_trains_and_rank_0_alone_writes(base, tmp_path):
 def test_another_number_of_processes_is_refused(tmp_path, monkeypatch, capsys):
     dipod.save_checkpoint(tmp_path / "fpo_0.pt", {"rows": [], "rng": [[torch.get_rng_state()]] * 2})
     with pytest.raises(SystemExit):
-        dipod.restore(tmp_path / "fpo_0.pt", {}, {}, torch.Generator(), "cpu")
+        dipod.restore(tmp_path / "fpo_0.pt", {"minibatch": 256}, {}, torch.Generator(), "cpu")
     assert "--resume: expected 2 processes, as the checkpoint had, got 1" in capsys.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit):
