@@ -104,7 +104,7 @@ class FlowPolicy(nn.Module):
     that the flow is a standard normal z with gap 0, and action = mean(obs) + std * z; head=False: mean 0 and std 1.
     """
 
-    def __init__(self, obs_dim: int, action_dim: int, kind: str, head: bool, num_steps: int, solver: str):
+    def __init__(self, obs_dim, action_dim, kind: str, head: bool, num_steps: int, solver: str, out_scale=None):
         super().__init__()
         self.path = "linear" if kind == "linear" else "vp"
         self.head = GaussianPolicy(obs_dim, action_dim) if head and kind == "whitened" else None
@@ -112,7 +112,7 @@ class FlowPolicy(nn.Module):
         # One Linear on the concatenation, in two parts: the observation's is computed once per call, not once per draw.
         self.obs_in, self.inner_in = nn.Linear(obs_dim, 64), nn.Linear(8 + action_dim, 64, bias=False)
         self.rest = nn.Sequential(nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, action_dim))
-        self.out_scale = 0.05 if self.head else 0.25
+        self.out_scale = (0.05 if self.head else 0.25) if out_scale is None else out_scale
         if kind == "whitened":
             nn.init.zeros_(self.rest[-1].weight)
             nn.init.zeros_(self.rest[-1].bias)
@@ -197,7 +197,7 @@ def make_policy(settings: dict) -> nn.Module:
     """The policy that `settings`, as a checkpoint holds them, describe."""
     if settings["policy"] == "gaussian":
         return GaussianPolicy(settings["obs_dim"], settings["action_dim"])
-    names = ("obs_dim", "action_dim", "policy", "head", "flow_steps", "solver")
+    names = ("obs_dim", "action_dim", "policy", "head", "flow_steps", "solver", "flow_scale")
     return FlowPolicy(*(settings[name] for name in names))
 
 
@@ -378,6 +378,7 @@ def build(method: str, seed: int, args) -> tuple:
     settings |= {"method": method, "seed": seed, "env": args.env, "policy": kind, "head": not args.no_head}
     settings |= {"obs_dim": obs_dim, "action_dim": action_dim, "flow_steps": args.flow_steps, "solver": args.solver}
     settings |= {"decay": args.decay, "decay_beta": args.decay_beta, "std_lr": args.std_lr}
+    settings |= {"mirror": args.mirror, "flow_scale": args.flow_scale}
     device = dipod.pick_device(args.device)
     policy, value = make_policy(settings).to(device), mlp([obs_dim, 64, 64, 1], 1.0).to(device)
     return settings, envs, policy, value, make_optimizer((policy, value), settings["lr"], args.std_lr)
@@ -420,7 +421,7 @@ def step_optimizer(optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
 def update(policy, value, optimizer, batch: dict, settings: dict) -> dict[str, float]:
     """PPO's epochs of minibatches on one rollout; mean of the losses' info over them."""
     obs, action, advantages, returns = (batch[k] for k in ("obs", "action", "advantages", "returns"))
-    draws, beta = draw_flow(action, settings["draws"]), settings["beta"]
+    draws, beta = draw_flow(action, settings["draws"], mirror=settings["mirror"]), settings["beta"]
     apart = settings["fresh"] or settings["flow_only"]  # the regularizer is not on the ratio's ELBO
     with torch.no_grad():
         old_elbo = policy(obs, action, draws)  # (B, N), once per rollout, and the same draws in every epoch
@@ -456,7 +457,7 @@ def fresh_elbo(policy, obs: Tensor, settings: dict) -> Tensor:
     with torch.no_grad():
         noise = torch.randn(len(obs), settings["action_dim"], device=obs.device)
         action = getattr(policy, "module", policy).act(obs, noise)
-    return policy(obs, action, draw_flow(action, settings["draws"])).mean()
+    return policy(obs, action, draw_flow(action, settings["draws"], mirror=settings["mirror"])).mean()
 
 
 def self_distill(policy, optimizer, obs: Tensor, settings: dict, updates: int) -> None:
@@ -652,6 +653,8 @@ def main() -> None:
     add("--draws", type=at_least(1), help=f"(time, noise) draws of an action; {own}")
     add("--epochs", type=at_least(1), help=f"passes over each rollout; {own}")
     add("--minibatch", type=at_least(2), help=f"samples of an update; {own}")
+    add("--mirror", action="store_true", help="mirror the draws' times, t and 1-t: a ratio with less noise")
+    add("--flow-scale", type=at_least(0, float), help=f"factor of the flow's output, 0: none, a Gaussian; {own}")
     add("--std-lr", type=at_least(0, float), default=1.0, help="learning rate of the Gaussian's log std, times --lr")
     add("--eval", nargs="+", metavar="CHECKPOINT", help="evaluate trained policies and leave")
     add("--render", metavar="FILE.gif", help="with --eval: also an episode of the first one as a GIF")

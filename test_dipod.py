@@ -266,6 +266,15 @@ def test_draw_flow_every_column_is_uniform_and_normal():
     assert ((draws.time[:, 0] < 0.5) != (draws.time[:, 2] < 0.5)).all()  # stratified
 
 
+def test_mirrored_draws_have_the_others_times_from_the_other_end():
+    for num_draws, mirrored in ((1, 0), (2, 0), (3, 1), (4, 2), (6, 2), (8, 4)):
+        draws = dipod.draw_flow(torch.zeros(20_000, 2), num_draws, torch.Generator().manual_seed(0), mirror=True)
+        time, pairs = draws.time[..., 0], (num_draws + 1) // 2
+        assert time.shape == (20_000, num_draws)
+        assert (time.mean(0) - 0.5).abs().max() < 0.01 and (time.var(0) - 1 / 12).abs().max() < 0.003
+        torch.testing.assert_close(time[:, 2 * (pairs // 2) :][:, :mirrored], 1 - time[:, :mirrored])
+
+
 def test_flow_sample_euler_and_midpoint_by_hand():
     noise = torch.tensor([[1.0], [-2.0]], dtype=torch.float64)
 
@@ -561,6 +570,7 @@ def control_args(out, **changes) -> argparse.Namespace:
     defaults = {"env": "Reacher-v5", "num_envs": 4, "policy": "whitened", "no_head": False, "flow_steps": 2}
     defaults |= dict.fromkeys(("draws", "epochs", "minibatch", "lr", "clip", "beta"))
     defaults |= {"solver": "midpoint", "device": "cpu", "decay": False, "decay_beta": False, "std_lr": 1.0}
+    defaults |= {"mirror": False, "flow_scale": None}
     defaults |= {"steps": 1536, "rows": 2, "no_drift": False, "resume": False, "out": Path(out)}
     return argparse.Namespace(**(defaults | changes))
 
@@ -770,6 +780,22 @@ def test_flow_only_elbo_is_the_whole_one_but_for_the_head_s_log_det(tmp_path):
     draws = dipod.draw_flow(action, 4)
     whole, flow = policy(obs, action, draws), policy(obs, policy.whiten(obs, action), draws, flow_only=True)
     torch.testing.assert_close(whole, flow - policy.head.log_std.sum())
+
+
+def test_without_the_flow_mirrored_draws_give_the_gaussian_s_ratio(tmp_path):
+    """flow_scale=0 leaves PPO's policy, and four mirrored draws its log-likelihood but for a constant of each sample."""
+    _, policy, _, _, batch, _ = collect("fpo", tmp_path, flow_scale=0.0)
+    obs, action, parameters = batch["obs"], batch["action"] + 1, list(policy.head.parameters())
+    for mirror in (True, False):
+        draws, values, gradients = dipod.draw_flow(action, 4, None, mirror), [], []
+        for shift in (0.0, 0.2):
+            policy.head.log_std.data += shift
+            pair = policy(obs, action, draws).mean(1), policy.head(obs, action, draws)[:, 0]
+            values.append([x.detach() for x in pair])
+            gradients = [torch.autograd.grad(batch["advantages"] @ x, parameters) for x in pair]
+        ratio, gaussian = (after - before for before, after in zip(*values))
+        assert torch.allclose(ratio, gaussian, atol=1e-4) == mirror
+        assert all(torch.allclose(g, h, rtol=1e-3, atol=1e-2) for g, h in zip(*gradients)) == mirror
 
 
 def test_learning_rate_decays_linearly(tmp_path):
@@ -1448,6 +1474,7 @@ import control_task, dipod, lm_task
 def control_step(rank, size):
     args = argparse.Namespace(env="Reacher-v5", policy="whitened", no_head=False, flow_steps=2, solver="midpoint", num_envs=4)
     vars(args).update(draws=2, epochs=None, minibatch=None, std_lr=1.0, lr=None, decay=False, decay_beta=False, clip=None, beta=None, device="cpu")
+    vars(args).update(mirror=False, flow_scale=None)
     control_task.POLICIES["whitened"]["minibatch"] = 64
     settings, envs, policy, value, optimizer = control_task.build("dipod", 0, args)
     torch.manual_seed(1)
@@ -1455,7 +1482,7 @@ def control_step(rank, size):
     batch |= {"advantages": torch.randn(64), "returns": torch.randn(64)}
     draws = dipod.draw_flow(batch["action"], 2)
     mine = slice(64 // size * rank, 64 // size * (rank + 1))
-    control_task.draw_flow = lambda *_: dipod.FlowDraws(*(d[mine] for d in draws))
+    control_task.draw_flow = lambda *_, **__: dipod.FlowDraws(*(d[mine] for d in draws))
     settings["epochs"] = 3
     nets = dipod.parallel(policy), dipod.parallel(value)
     control_task.update(*nets, optimizer, {k: v[mine] for k, v in batch.items()}, settings)
