@@ -197,8 +197,8 @@ def make_policy(settings: dict) -> nn.Module:
     """The policy that `settings`, as a checkpoint holds them, describe."""
     if settings["policy"] == "gaussian":
         return GaussianPolicy(settings["obs_dim"], settings["action_dim"])
-    names = ("obs_dim", "action_dim", "policy", "head", "flow_steps", "solver", "flow_scale")
-    return FlowPolicy(*(settings[name] for name in names))
+    names = ("obs_dim", "action_dim", "policy", "head", "flow_steps", "solver")
+    return FlowPolicy(*(settings[name] for name in names), settings.get("flow_scale"))  # older checkpoints have none
 
 
 class TwoDoors(gym.Env):
