@@ -35,7 +35,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from itertools import combinations, product
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
 from typing import NamedTuple
 
 import torch
@@ -790,6 +790,13 @@ def join_world(device: torch.device) -> None:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
 
+def leave_world() -> None:
+    """Parts from the other processes, all at once."""
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    sleep(0.2)  # without the interpreter's lock, for gloo's threads let go of their last work, or abort a quick exit
+
+
 def parallel(module: torch.nn.Module) -> torch.nn.Module:
     """The module whose gradients are averaged over all processes: DistributedDataParallel under torchrun."""
     return torch.nn.parallel.DistributedDataParallel(module) if world()[1] > 1 else module
@@ -911,8 +918,7 @@ def launch(train: Callable, args: argparse.Namespace, columns: list[str]) -> lis
     else:
         torch.distributed.barrier()
         failed = sum(stopped(lambda run=run: train(*run, args), rank) for run in runs) > 0
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+        leave_world()
     rows = collect_rows(args, saved, columns) if rank == 0 else []
     if failed or rank > 0:
         raise SystemExit(int(failed))

@@ -1517,9 +1517,8 @@ torch.set_num_threads(1)
 result = [x.detach().double() for x in control_step(rank, size) + lm_step(rank, size)]
 if rank == 0:
     torch.save(result, sys.argv[1])
-if size > 1:  # as launch does: a worker of gloo that still holds the last reduction would abort the interpreter's exit
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+if size > 1:
+    dipod.leave_world()
 """
 
 
