@@ -273,9 +273,9 @@ def draw_flow(
         action: (B, A) float, for its shape, dtype and device only.
         num_draws: N.
         generator: on `action`'s device; default the global one.
-        mirror: half of the pairs have the others' times, t as 1-t. With N a multiple of 4 the ratio of a zero velocity
-            on the "vp" path is then exactly that of standard normals, for sin^2 + cos^2 = 1; without, it is so on
-            average.
+        mirror: half of the pairs have the others' times, t as 1-t. With N a multiple of 4, A times the mean over draws
+            of the "vp" `flow_elbo` of a zero velocity is then log N(action) but for a constant of the draws, exactly,
+            for sin^2 + cos^2 = 1; without, on average.
     Raises: ValueError: wrong shape or num_draws < 1. TypeError: wrong type.
     """
     _check(action=(action, "BA", "float"))
@@ -794,7 +794,7 @@ def leave_world() -> None:
     """Parts from the other processes, all at once."""
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
-    sleep(0.2)  # without the interpreter's lock, for gloo's threads let go of their last work, or abort a quick exit
+    sleep(0.2)  # gives up the interpreter's lock, which gloo's threads need to drop their last work, or they abort an exit
 
 
 def parallel(module: torch.nn.Module) -> torch.nn.Module:
