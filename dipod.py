@@ -794,7 +794,7 @@ def leave_world() -> None:
     """Parts from the other processes, all at once."""
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
-    sleep(0.2)  # gives up the interpreter's lock, which gloo's threads need to drop their last work, or they abort an exit
+    sleep(0.2)  # gives up the interpreter's lock: gloo's threads need it to drop their last work, or abort the exit
 
 
 def parallel(module: torch.nn.Module) -> torch.nn.Module:
