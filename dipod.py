@@ -172,17 +172,15 @@ class MaskDraws(NamedTuple):
 def draw_masks(maskable, num_draws, generator=None):
     """MaskDraws (B, N, T), N = num_draws. Each is unbiased; together they vary less.
 
-    A pair masks the first k and the last L+1-k of one random order, with k spread over the pairs.
-    maskable: (B, T) bool, every token that the sampler filled, those after an EOS too. That is
-    `start == mask_id` of what `sample_masked` was given.
+    A pair masks the first k and the last L+1-k tokens of one random order. maskable: (B, T) bool,
+    every token that the sampler filled, those after an EOS too: `start == mask_id` of its input.
     """
     _check_shapes(maskable=(maskable, "BT"))
     _expect(maskable.any(1).all(), "maskable", "a maskable token in each row", maskable)
     random = {"device": maskable.device, "generator": generator}
     pairs = (num_draws + 1) // 2
     length = maskable.sum(1, keepdim=True)  # (B, 1), L
-    spread = torch.arange(pairs, device=maskable.device) / pairs
-    u = (torch.rand(len(maskable), 1, **random) + spread) % 1  # (B, pairs), each uniform on [0, 1)
+    u = torch.rand(len(maskable), pairs, **random)
     index = (u * length).long().minimum((length - 1).clamp(min=0))  # k - 1
     order = torch.rand(len(maskable), pairs, maskable.shape[1], **random)
     order = order.masked_fill(~maskable[:, None], math.inf)
@@ -279,16 +277,12 @@ class FlowDraws(NamedTuple):
 
 
 def draw_flow(action, num_draws, generator=None):
-    """FlowDraws for actions (B, A), N = num_draws. Each is unbiased; together they vary less.
-
-    A pair has one time and opposite noise, with times spread over the pairs.
-    """
+    """FlowDraws for actions (B, A), N = num_draws, in pairs of one time and opposite noise."""
     _check_shapes(action=(action, "BA"))
-    like = {"device": action.device, "dtype": action.dtype}
+    random = {"device": action.device, "dtype": action.dtype, "generator": generator}
     pairs = (num_draws + 1) // 2
-    spread = torch.arange(pairs, **like) / pairs
-    time = (torch.rand(len(action), 1, generator=generator, **like) + spread) % 1
-    noise = torch.randn(len(action), pairs, action.shape[1], generator=generator, **like)
+    time = torch.rand(len(action), pairs, **random)
+    noise = torch.randn(len(action), pairs, action.shape[1], **random)
     time = time.repeat_interleave(2, dim=1)[..., None]
     noise = torch.stack((noise, -noise), 2).flatten(1, 2)
     return FlowDraws(time[:, :num_draws], noise[:, :num_draws])
@@ -484,10 +478,10 @@ def flow_log_prob(velocity, noise, num_steps, method="midpoint", path="linear", 
             end = step(*starts[-1])
     x = end if action is None else action
     log_det = 0.0
-    for start, time in reversed(starts):
-        error = step(start, time) - x
-        x = start - torch.linalg.solve_ex(jacobian(start, time).detach(), error)[0]
-        log_det = log_det + torch.linalg.slogdet(jacobian(x, time))[1]
+    for start, at in reversed(starts):
+        error = step(start, at) - x
+        x = start - torch.linalg.solve_ex(jacobian(start, at).detach(), error)[0]
+        log_det = log_det + torch.linalg.slogdet(jacobian(x, at))[1]
     return end, _NORMAL.log_prob(x).sum(-1) - log_det
 
 
@@ -559,4 +553,180 @@ def two_token(beta=0.2, steps=1500, lr=0.1, rewards=(0.8, 1.0, 0.7, 1.0)):
     return dict(zip(("gap_AA", "gap", "alignment", "reward"), torch.stack(rows).unbind(1)))
 
 
-# The method ends here. ----------------------------------------------------------------------------
+# The method ends here. Below is what both tasks need to run and report; nobody has to copy it.
+
+import argparse
+import csv
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+# Colour-blind safe (Okabe and Ito); a method has one colour in every figure.
+COLORS = {"fpo": "#D55E00", "dipod": "#0072B2", "ppo": "black", "exact": "black"}
+COLORS |= {"positives": "#009E73", "fpo++": "#E69F00", "dipod++": "#56B4E9", "distill": "#CC79A7"}
+
+
+def number(kind, low):
+    """An argparse type: finite, at least `low`, and whole if kind is int."""
+
+    def number(text):
+        rule = f"a {'whole' if kind is int else 'finite'} number of at least {low}"
+        if (kind is int and not text.isdigit()) or not low <= kind(text) < math.inf:
+            raise argparse.ArgumentTypeError(f"expected {rule}, got {text}")
+        return kind(text)
+
+    return number
+
+
+def load(path, task):
+    """The record of a run of this task; ValueError for any other file."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        owner = state["settings"]["task"]
+    except Exception as error:  # noqa: BLE001 - foreign and truncated files raise a dozen kinds
+        raise ValueError(f"{path}: not a checkpoint ({type(error).__name__})") from None
+    _expect(owner == task, str(path), f"a checkpoint of {task}_task.py", f"one of {owner}_task.py")
+    return state
+
+
+def prepare(out, runs, resume, overwrite):
+    """{path: settings} of this command's runs; ValueError if they would harm what --out holds."""
+    if out is None:
+        names = (f"runs/{runs[0]['task']}-{i}" for i in range(1, 10**6))
+        out = next(name for name in names if not Path(name).exists())
+    Path(out).mkdir(parents=True, exist_ok=True)
+    Path(out, "writable.partial").touch()
+    records = {Path(out, f"{run['method']}_{run['seed']}.pt"): run for run in runs}
+    for path, run in records.items():
+        if path.exists() and resume:
+            other = dict(load(path, run["task"])["settings"].items() - run.items())
+            _expect(not other, "--resume", f"the settings of {path}, {other}", "others")
+        elif path.exists():
+            _expect(overwrite, "--out", "no run of that name, --resume or --overwrite", path)
+            path.unlink()
+    return records
+
+
+class Run:
+    """A run's record: METHOD_SEED.pt, all that it goes on from, and METHOD_SEED.csv, its rows."""
+
+    def __init__(self, path, settings, parts, place):
+        self.path, self.settings, self.parts, self.place = path, settings, parts, place
+        self.rows, self.iteration, self.started = [], 0, time.monotonic()
+        if path.exists():
+            state = load(path, settings["task"])
+            self.rows, self.iteration = state["rows"], state["iteration"]
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+            torch.set_rng_state(state["rng"])
+        self.first_step = self.rows[-1]["step"] if self.rows else 0
+
+    def add(self, iteration, row):
+        """Saves, the CSV first and both atomically, then prints: a printed row is never lost."""
+        self.rows.append({"method": self.settings["method"], "seed": self.settings["seed"]} | row)
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state |= {"settings": self.settings, "rows": self.rows, "iteration": iteration}
+        state["rng"] = torch.get_rng_state()
+        partial = self.path.with_suffix(".partial")
+        with open(partial, "w", newline="") as file:
+            writer = csv.DictWriter(file, self.rows[0])
+            writer.writeheader()
+            writer.writerows(self.rows)
+        os.replace(partial, self.path.with_suffix(".csv"))
+        torch.save(state, partial)
+        os.replace(partial, self.path)
+        self.print_row(*list(self.rows[-1].values())[:6])
+
+    def print_row(self, method, seed, step, score, gap, cosine):
+        """One line; the time left is the whole command's."""
+        number, runs, jobs = self.place
+        steps, seconds = self.settings["steps"], time.monotonic() - self.started
+        speed = (step - self.first_step) / seconds
+        left = int((max(steps - step, 0) + steps * ((runs - number) // jobs)) / speed)
+        line = f"{method:<10} {seed:>4} {step:>9} {score:>9.4g} {gap:>9.3g} {cosine:>9.3f}"
+        line += f" {speed:>9.0f} {left // 60:>6}:{left % 60:02}  run {number} of {runs}"
+        print(line, flush=True)
+
+
+def run_all(train, runs, jobs, score):
+    """Calls train(*run) for every run, in parallel processes; {path: error} of those that failed."""
+    print(f"{'method':<10} seed      step {score:>9}  gap/nats alignment   steps/s time left")
+    errors = {}
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(jobs, len(runs)), spawn, start_worker) as pool:
+        futures = {pool.submit(train, *run): run for run in runs}
+        try:
+            for future in as_completed(futures):
+                if error := future.exception():
+                    path = futures[future][1]
+                    errors[path] = f"{type(error).__name__}: {error}".splitlines()[0]
+        except KeyboardInterrupt:
+            for worker in multiprocessing.active_children():
+                worker.kill()
+            print("interrupted: the same command with --resume goes on", file=sys.stderr)
+            os._exit(130)
+    return errors
+
+
+def start_worker():
+    """One torch thread, because the networks are small; and no worker outlives its parent."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: os._exit(parent.join() or 1), daemon=True).start()
+
+
+def mean(rows, column):
+    """Mean of a column over the rows that have a number there."""
+    values = [row[column] for row in rows if not math.isnan(row[column])]
+    return sum(values) / len(values) if values else math.nan
+
+
+def finish(records, errors):
+    """Table and figure of all runs in --out; one that stopped is named and not averaged."""
+    path, run = next(iter(records.items()))
+    states = {path: load(path, run["task"]) for path in sorted(path.parent.glob("*.pt"))}
+    failed = {path: {"settings": records[path], "rows": []} for path in errors}
+    runs = {
+        path: state for path, state in (failed | states).items() if state["rows"] or path in errors
+    }
+    lines = {}
+    for path, state in runs.items():
+        rows, steps = state["rows"], state["settings"]["steps"]
+        step = rows[-1]["step"] if rows else 0
+        if step < steps:
+            print(f"{path.stem}: step {step} of {steps}, stopped: {errors.get(path, 'unfinished')}")
+            continue
+        end = [row for row in rows if row["step"] > 0.9 * step]
+        score = list(rows[0])[3]
+        values = mean(end, score), mean(rows, score), mean(end, "gap"), mean(end, "alignment")
+        lines.setdefault(state["settings"]["method"], []).append(values)
+    print(f"\n{'method':<10} seeds {'final':<26} {'mean of the run':<26} {'gap':<26} alignment")
+    for method, values in lines.items():
+        cells = [f"{sum(c) / len(c):.4g} [{min(c):.3g}..{max(c):.3g}]" for c in zip(*values)]
+        print(f"{method:<10} {len(values):>5}", *(f"{cell:<26}" for cell in cells))
+    try:
+        draw(runs.values(), path.parent / "figure.png")
+    except Exception as error:  # noqa: BLE001 - no matplotlib, or an MPLBACKEND unknown to it
+        print(f"no figure: {error}")
+
+
+def draw(runs, file):
+    """Score, gap and alignment over steps: a line for each run, a colour for each method."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3), layout="constrained")
+    axes = figure.subplots(1, 3)
+    for state in runs:
+        method = state["settings"]["method"]
+        for axis, column in zip(axes, list(state["rows"][0])[3:6]):
+            points = [(row["step"], row[column]) for row in state["rows"]]
+            axis.plot(*zip(*points), color=COLORS.get(method), label=method)
+            axis.set(xlabel="steps", ylabel=column)
+    axes[0].legend(*zip(*{h.get_label(): (h, h.get_label()) for h in axes[0].lines}.values()))
+    figure.savefig(file, dpi=110)
