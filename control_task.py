@@ -10,21 +10,14 @@ A policy acts in [-1, 1] per dimension, rescaled to the environment's bounds. Sh
 rollout, E environments, B = S * E samples, N draws, A action dimensions, O observation dimensions.
 """
 
-import argparse
 import math
-import os
 
 import gymnasium as gym
 import mujoco
 import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode
-from gymnasium.wrappers.vector import (
-    ClipAction,
-    NormalizeReward,
-    RecordEpisodeStatistics,
-    RescaleAction,
-)
+from gymnasium.wrappers import vector as wrappers
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
@@ -87,23 +80,23 @@ class TwoDoors(gym.Env):
 gym.register("TwoDoors-v0", entry_point=TwoDoors)
 
 
-def make_envs(env, num_envs):
+def make_envs(env, num_envs, render_mode=None):
     """Vector environment for actions in [-1, 1]; ValueError for one that the policies cannot use."""
     try:
         mujoco.set_mju_user_warning(lambda text: None)  # about gymnasium's own models
-        kwargs = {"autoreset_mode": AutoresetMode.SAME_STEP}
-        envs = gym.make_vec(env, num_envs, vectorization_mode="sync", vector_kwargs=kwargs)
+        same_step = {"autoreset_mode": AutoresetMode.SAME_STEP}
+        envs = gym.make_vec(env, num_envs, "sync", vector_kwargs=same_step, render_mode=render_mode)
     except Exception as error:  # noqa: BLE001 - a constructor may raise anything
         raise ValueError(f"--env {env}: {str(error).splitlines()[0]}") from None
     spaces = (envs.single_observation_space, envs.single_action_space)
     vectors = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces)
     if not vectors or not spaces[1].is_bounded():
         raise ValueError(f"--env {env}: expected vectors and bounded actions, got {spaces}")
-    envs = RecordEpisodeStatistics(ClipAction(RescaleAction(envs, np.float32(-1), np.float32(1))))
-    return RewardNorm(envs, GAMMA)
+    envs = wrappers.ClipAction(wrappers.RescaleAction(envs, np.float32(-1), np.float32(1)))
+    return RewardNorm(wrappers.RecordEpisodeStatistics(envs), GAMMA)
 
 
-class RewardNorm(NormalizeReward):
+class RewardNorm(wrappers.NormalizeReward):
     """gymnasium's wrapper, with its running variance in the checkpoint."""
 
     def state_dict(self):
@@ -260,9 +253,10 @@ def make_policy(settings, obs_dim, action_dim):
     return FlowPolicy(obs_dim, action_dim, tight or not flow, flow, FLOW_SCALE)
 
 
-def train(settings, path, place, device):
+def train(settings, path, place, args):
     """One run, from its record on if it has one (episodes start anew)."""
     torch.manual_seed(settings["seed"])
+    device = torch.device(args.device)
     envs = make_envs(settings["env"], NUM_ENVS)
     obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     policy = make_policy(settings, obs_dim, action_dim).to(device)
@@ -274,7 +268,9 @@ def train(settings, path, place, device):
     iterations = max(2, math.ceil(settings["steps"] / size))
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, iterations)
     parts = {"policy": policy, "value": value, "norm": norm, "envs": envs}
-    run = dipod.Run(path, settings, parts | {"optimizer": optimizer, "decay": decay}, place)
+    run = dipod.Run(
+        path, settings, parts | {"optimizer": optimizer, "decay": decay}, place, args.resume
+    )
     obs, _ = envs.reset(seed=1000 * settings["seed"] + run.iteration)
     returns = []
     for iteration in range(run.iteration, iterations):
@@ -301,67 +297,50 @@ def train(settings, path, place, device):
 
 
 @torch.no_grad()
-def evaluate(path, episodes=20):
-    """Returns of whole episodes with the policy's noise, and of as many with zero noise."""
-    policy, norm, settings = load_policy(path)
-    for name, scale in (("with noise", 1.0), ("zero noise", 0.0)):
-        envs = make_envs(settings["env"], episodes)
-        obs, _ = envs.reset(seed=10**6)
-        generator = torch.Generator().manual_seed(0)
-        returns = np.full(episodes, np.nan)
-        while np.isnan(returns).any():
-            noise = scale * torch.randn(episodes, len(policy.log_std), generator=generator)
-            action = policy.sample(norm(torch.as_tensor(obs, dtype=torch.float32)), noise)
-            obs, _, terminated, truncated, info = envs.step(action.numpy())
-            # An environment's first episode counts alone, or short ones would count more often.
-            first = (terminated | truncated) & np.isnan(returns)
-            if first.any():
-                returns[first] = info["episode"]["r"][first]
-        low, high = returns.min(), returns.max()
-        print(f"{path}, {name}: {returns.mean():.4g} [{low:.4g}..{high:.4g}], {episodes} episodes")
-
-
-def load_policy(path):
-    """The policy, observation statistics and settings of a run's record."""
+def play(path, episodes, noise_scale=1.0, render_mode=None):
+    """Returns (episodes,) of a trained policy, one episode in each environment, and the frames."""
     state = dipod.load(path, "control")
-    settings = state["settings"]
-    action_dim = len(state["policy"]["log_std"])
-    norm = ObservationNorm(len(state["norm"]["mean"]))
-    norm.load_state_dict(state["norm"])
-    policy = make_policy(settings, len(norm.mean), action_dim)
+    obs_dim, action_dim = len(state["norm"]["mean"]), len(state["policy"]["log_std"])
+    policy = make_policy(state["settings"], obs_dim, action_dim)
     policy.load_state_dict(state["policy"])
-    return policy, norm, settings
-
-
-@torch.no_grad()
-def write_gif(path, file):
-    """An episode of a trained policy as an animated GIF; ValueError where there is no picture."""
-    import imageio
-
-    policy, norm, settings = load_policy(path)
-    try:
-        env = gym.make(settings["env"], render_mode="rgb_array")
-        obs, _ = env.reset(seed=0)
-        frames = [env.render()]
-    except Exception as error:  # noqa: BLE001 - the kind depends on what a screen is missing
-        raise ValueError(f"--gif: no picture of {settings['env']} here ({error})") from None
-    low, high = env.action_space.low, env.action_space.high
+    norm = ObservationNorm(obs_dim)
+    norm.load_state_dict(state["norm"])
+    envs = make_envs(state["settings"]["env"], episodes, render_mode)
+    obs, _ = envs.reset(seed=10**6)
     generator = torch.Generator().manual_seed(0)
-    done = False
-    while not done:
-        noise = torch.randn(1, len(policy.log_std), generator=generator)
-        x = norm(torch.as_tensor(obs, dtype=torch.float32)[None])
-        action = policy.sample(x, noise)[0].clamp(-1, 1).numpy()
-        obs, _, terminated, truncated, _ = env.step(low + (action + 1) / 2 * (high - low))
-        frames.append(env.render())
-        done = terminated or truncated
-    imageio.mimsave(file, frames[:300], duration=1000 / env.metadata["render_fps"], loop=0)
+    returns, frames = np.full(episodes, np.nan), []
+    while np.isnan(returns).any():
+        if render_mode:
+            frames.append(envs.render()[0])
+        noise = noise_scale * torch.randn(episodes, action_dim, generator=generator)
+        action = policy.sample(norm(torch.as_tensor(obs, dtype=torch.float32)), noise)
+        obs, _, terminated, truncated, info = envs.step(action.numpy())
+        first = (terminated | truncated) & np.isnan(returns)  # later episodes do not count
+        if first.any():
+            returns[first] = info["episode"]["r"][first]
+    return returns, frames
+
+
+def evaluate(paths, gif):
+    """Prints returns with the policy's noise and with none; writes an episode of the first one."""
+    for path in paths:
+        dipod.load(path, "control")
+    if gif:
+        import imageio  # comes with gymnasium[mujoco]
+
+        _, frames = play(paths[0], 1, render_mode="rgb_array")
+        imageio.mimsave(gif, frames[:300], duration=40, loop=0)
+    for path in paths:
+        for name, scale in (("with noise", 1.0), ("without", 0.0)):
+            returns, _ = play(path, 20, scale)
+            spread = f"[{returns.min():.4g}..{returns.max():.4g}]"
+            print(f"{path}, 20 episodes {name}: return {returns.mean():.4g} {spread}")
 
 
 def settings_of(method, seed, args):
     """All that a run depends on; a record goes on under the same settings only."""
-    settings = {"task": "control", "method": method, "seed": seed, **METHODS[method]}
-    settings |= {"env": args.env, "policy": args.policy, "steps": args.steps, "lr": args.lr}
+    settings = {"task": "control", "method": method, "seed": seed, "env": args.env}
+    settings |= {"policy": args.policy, "steps": args.steps, "lr": args.lr} | METHODS[method]
     if settings["beta"]:
         settings["beta"] = args.beta
     if settings["distill"] and args.distill is not None:
@@ -371,53 +350,29 @@ def settings_of(method, seed, args):
 
 def main():
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage=argparse.SUPPRESS,
-    )
+    parser = dipod.task_parser(__doc__, METHODS, ["fpo", "dipod", "ppo"])
     add, number = parser.add_argument, dipod.number
-    default = ["fpo", "dipod", "ppo"]
-    add("--methods", nargs="+", choices=METHODS, default=default, help=", ".join(METHODS))
-    add("--seeds", type=number(int, 1), default=1, metavar="N", help="runs of each method")
-    add("--first-seed", type=number(int, 0), default=0, metavar="S", help="seeds S to S + N - 1")
-    add("--jobs", type=number(int, 1), default=os.cpu_count(), help="processes")
     add("--steps", type=number(int, 1), default=200_000, help="environment steps of a run")
-    add("--env", default="Reacher-v5", help="a gymnasium environment with Box spaces")
-    add("--policy", choices=("tight", "textbook"), default="tight", help="the flow of all but ppo")
     add("--lr", type=number(float, 1e-9), default=LEARNING_RATE, help="learning rate")
     add("--beta", type=number(float, 0), default=BETA, help="weight of DiPOD's regularizer")
+    add("--env", default="Reacher-v5", help="a gymnasium environment with Box spaces")
+    add("--policy", choices=("tight", "textbook"), default="tight", help="the flow of all but ppo")
     add("--distill", type=number(int, 0), metavar="N", help="updates of self-distillation")
-    add("--out", help="directory of the records (default: a fresh one in runs/)")
-    add("--resume", action="store_true", help="go on from the records in --out")
-    add("--overwrite", action="store_true", help="replace the records in --out")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of torch")
     add("--eval", nargs="+", metavar="CHECKPOINT", help="evaluate trained policies, and leave")
-    add("--gif", metavar="FILE", help="with --eval: an episode of the first one as a GIF")
+    add("--gif", metavar="FILE.gif", help="with --eval: an episode of the first policy")
     args = parser.parse_args()
+    if args.gif and not (args.eval and args.gif.endswith(".gif")):
+        parser.error("--gif: expected a name that ends in .gif, and --eval CHECKPOINT")
     try:
-        if args.gif and not (args.eval and args.gif.endswith(".gif")):
-            raise ValueError("--gif: expected a file that ends in .gif, and --eval CHECKPOINT")
         if args.eval:
-            for path in args.eval:
-                load_policy(path)
-            if args.gif:
-                write_gif(args.eval[0], args.gif)
-            for path in args.eval:
-                evaluate(path)
-            return
+            return evaluate(args.eval, args.gif)
         make_envs(args.env, 1).close()
-        torch.zeros(1, device=args.device)
-        seeds = range(args.first_seed, args.first_seed + args.seeds)
-        runs = [settings_of(method, seed, args) for seed in seeds for method in args.methods]
-        records = dipod.prepare(args.out, runs, args.resume, args.overwrite)
+        records = dipod.prepare(args, settings_of)
     except (ValueError, OSError, RuntimeError) as error:
-        parser.error(str(error).splitlines()[0])
+        parser.error(str(error))
     print(f"{args.env}, {args.steps} steps, {args.policy} policy")
-    places = [(number, len(runs), args.jobs) for number in range(1, len(runs) + 1)]
-    calls = [(s, p, place, args.device) for (p, s), place in zip(records.items(), places)]
-    errors = dipod.run_all(train, calls, args.jobs, "return")
-    dipod.finish(records, errors)
+    errors = dipod.run_all(train, records, args, "return")
+    raise SystemExit(dipod.finish(records, errors))
 
 
 if __name__ == "__main__":

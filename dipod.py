@@ -571,6 +571,23 @@ COLORS = {"fpo": "#D55E00", "dipod": "#0072B2", "ppo": "black", "exact": "black"
 COLORS |= {"positives": "#009E73", "fpo++": "#E69F00", "dipod++": "#56B4E9", "distill": "#CC79A7"}
 
 
+def task_parser(doc, methods, default):
+    """The flags that both tasks have. An error is one line, because there is no usage to print."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(None, argparse.SUPPRESS, doc, formatter_class=formatter)
+    add = parser.add_argument
+    add("--methods", nargs="+", choices=methods, default=default, help=", ".join(methods))
+    add("--seeds", type=number(int, 1), default=1, metavar="N", help="runs of each method")
+    add("--first-seed", type=number(int, 0), default=0, metavar="S", help="seeds S to S + N - 1")
+    add("--jobs", type=number(int, 1), default=os.cpu_count(), help="parallel processes")
+    add("--out", help="directory of the records (default: a fresh one in runs/)")
+    either = parser.add_mutually_exclusive_group().add_argument
+    either("--resume", action="store_true", help="go on from the records in --out")
+    either("--overwrite", action="store_true", help="replace the records in --out")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of torch")
+    return parser
+
+
 def number(kind, low):
     """An argparse type: finite, at least `low`, and whole if kind is int."""
 
@@ -594,31 +611,37 @@ def load(path, task):
     return state
 
 
-def prepare(out, runs, resume, overwrite):
+def prepare(args, settings_of):
     """{path: settings} of this command's runs; ValueError if they would harm what --out holds."""
-    if out is None:
-        names = (f"runs/{runs[0]['task']}-{i}" for i in range(1, 10**6))
-        out = next(name for name in names if not Path(name).exists())
-    Path(out).mkdir(parents=True, exist_ok=True)
-    Path(out, "writable.partial").touch()
-    records = {Path(out, f"{run['method']}_{run['seed']}.pt"): run for run in runs}
-    for path, run in records.items():
-        if path.exists() and resume:
-            other = dict(load(path, run["task"])["settings"].items() - run.items())
-            _expect(not other, "--resume", f"the settings of {path}, {other}", "others")
-        elif path.exists():
-            _expect(overwrite, "--out", "no run of that name, --resume or --overwrite", path)
-            path.unlink()
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
+    runs = [settings_of(method, seed, args) for seed in seeds for method in args.methods]
+    names = (f"runs/{runs[0]['task']}-{i}" for i in range(1, 10**6))
+    out = Path(args.out or next(name for name in names if not Path(name).exists()))
+    records = {out / f"{run['method']}_{run['seed']}.pt": run for run in runs}
+    _expect(len(records) == len(runs), "--methods", "each method once", args.methods)
+    for path in [path for path in records if path.exists()]:
+        _expect(
+            args.resume or args.overwrite, "--out", "--resume or --overwrite", f"{path} already"
+        )
+        if args.resume:
+            old = load(path, runs[0]["task"])["settings"]
+            other = {
+                k: f"{old.get(k)}, now {v}" for k, v in records[path].items() if old.get(k) != v
+            }
+            _expect(not other, "--resume", f"the settings of {path}", other)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "writable.partial").touch()
+    torch.zeros(1, device=args.device)
     return records
 
 
 class Run:
     """A run's record: METHOD_SEED.pt, all that it goes on from, and METHOD_SEED.csv, its rows."""
 
-    def __init__(self, path, settings, parts, place):
+    def __init__(self, path, settings, parts, place, resume):
         self.path, self.settings, self.parts, self.place = path, settings, parts, place
         self.rows, self.iteration, self.started = [], 0, time.monotonic()
-        if path.exists():
+        if resume and path.exists():
             state = load(path, settings["task"])
             self.rows, self.iteration = state["rows"], state["iteration"]
             for name, part in parts.items():
@@ -653,18 +676,22 @@ class Run:
         print(line, flush=True)
 
 
-def run_all(train, runs, jobs, score):
-    """Calls train(*run) for every run, in parallel processes; {path: error} of those that failed."""
+def run_all(train, records, args, score):
+    """Calls train(settings, path, place, args) for all runs in parallel; {path: error} of failures."""
     print(f"{'method':<10} seed      step {score:>9}  gap/nats alignment   steps/s time left")
     errors = {}
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(jobs, len(runs)), spawn, start_worker) as pool:
-        futures = {pool.submit(train, *run): run for run in runs}
+    with ProcessPoolExecutor(min(args.jobs, len(records)), spawn, start_worker) as pool:
+        futures = {}
+        for number, (path, settings) in enumerate(records.items(), 1):
+            place = (number, len(records), args.jobs)
+            futures[pool.submit(train, settings, path, place, args)] = path
         try:
             for future in as_completed(futures):
                 if error := future.exception():
-                    path = futures[future][1]
+                    path = futures[future]
                     errors[path] = f"{type(error).__name__}: {error}".splitlines()[0]
+                    print(f"{path.stem} stopped: {errors[path]}", file=sys.stderr)
         except KeyboardInterrupt:
             for worker in multiprocessing.active_children():
                 worker.kill()
@@ -688,32 +715,36 @@ def mean(rows, column):
 
 
 def finish(records, errors):
-    """Table and figure of all runs in --out; one that stopped is named and not averaged."""
-    path, run = next(iter(records.items()))
-    states = {path: load(path, run["task"]) for path in sorted(path.parent.glob("*.pt"))}
-    failed = {path: {"settings": records[path], "rows": []} for path in errors}
-    runs = {
-        path: state for path, state in (failed | states).items() if state["rows"] or path in errors
-    }
-    lines = {}
-    for path, state in runs.items():
-        rows, steps = state["rows"], state["settings"]["steps"]
-        step = rows[-1]["step"] if rows else 0
-        if step < steps:
+    """Table and figure of all runs in --out; one that stopped is named, not averaged. Exit status."""
+    first, settings = next(iter(records.items()))
+    runs = {path: {"settings": records[path], "rows": []} for path in errors}
+    for path in sorted(first.parent.glob("*.pt")):
+        runs[path] = load(path, settings["task"])
+    summaries = {}
+    for path, run in runs.items():
+        step, steps = run["rows"][-1]["step"] if run["rows"] else 0, run["settings"]["steps"]
+        if path in errors or step < steps:
             print(f"{path.stem}: step {step} of {steps}, stopped: {errors.get(path, 'unfinished')}")
-            continue
-        end = [row for row in rows if row["step"] > 0.9 * step]
-        score = list(rows[0])[3]
-        values = mean(end, score), mean(rows, score), mean(end, "gap"), mean(end, "alignment")
-        lines.setdefault(state["settings"]["method"], []).append(values)
-    print(f"\n{'method':<10} seeds {'final':<26} {'mean of the run':<26} {'gap':<26} alignment")
-    for method, values in lines.items():
-        cells = [f"{sum(c) / len(c):.4g} [{min(c):.3g}..{max(c):.3g}]" for c in zip(*values)]
-        print(f"{method:<10} {len(values):>5}", *(f"{cell:<26}" for cell in cells))
+        else:
+            summaries.setdefault(run["settings"]["method"], []).append(summary(run["rows"]))
+    print(f"\n{'method':<10} seeds  {'final':<24}{'mean of the run':<24}{'gap':<24}alignment")
+    for method, values in summaries.items():
+        columns = torch.stack(values).T.tolist()
+        cells = [f"{sum(c) / len(c):.4g} [{min(c):.3g}..{max(c):.3g}]" for c in columns]
+        print(f"{method:<10} {len(values):>5}  " + "".join(f"{cell:<24}" for cell in cells))
     try:
-        draw(runs.values(), path.parent / "figure.png")
+        draw(runs.values(), first.parent / "figure.png")
     except Exception as error:  # noqa: BLE001 - no matplotlib, or an MPLBACKEND unknown to it
         print(f"no figure: {error}")
+    print(f"\nrecords, CSVs and figure.png are in {first.parent}")
+    return 1 if errors else 0
+
+
+def summary(rows):
+    """(4,): the score over the last tenth of the steps and over all, gap and alignment at the end."""
+    table = torch.tensor([list(row.values())[2:6] for row in rows], dtype=torch.float64)
+    end = table[table[:, 0] > 0.9 * table[-1, 0]].nanmean(0)
+    return torch.stack((end[1], table[:, 1].nanmean(), end[2], end[3]))
 
 
 def draw(runs, file):
@@ -722,11 +753,12 @@ def draw(runs, file):
 
     figure = Figure(figsize=(10, 3), layout="constrained")
     axes = figure.subplots(1, 3)
-    for state in runs:
-        method = state["settings"]["method"]
-        for axis, column in zip(axes, list(state["rows"][0])[3:6]):
-            points = [(row["step"], row[column]) for row in state["rows"]]
-            axis.plot(*zip(*points), color=COLORS.get(method), label=method)
+    handles = {}
+    for run in runs:
+        method, rows = run["settings"]["method"], run["rows"]
+        for axis, column in zip(axes, list(rows[0])[3:6] if rows else ()):
+            steps, values = [row["step"] for row in rows], [row[column] for row in rows]
+            (handles[method],) = axis.plot(steps, values, color=COLORS.get(method))
             axis.set(xlabel="steps", ylabel=column)
-    axes[0].legend(*zip(*{h.get_label(): (h, h.get_label()) for h in axes[0].lines}.values()))
+    axes[0].legend(handles.values(), handles.keys())
     figure.savefig(file, dpi=110)
