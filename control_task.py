@@ -80,14 +80,14 @@ class TwoDoors(gym.Env):
 gym.register("TwoDoors-v0", entry_point=TwoDoors)
 
 
-def make_envs(env, num_envs, render_mode=None):
+def make_envs(env, num_envs, **kwargs):
     """Vector environment for actions in [-1, 1]; ValueError for one that the policies cannot use."""
     try:
         mujoco.set_mju_user_warning(lambda text: None)  # about gymnasium's own models
         same_step = {"autoreset_mode": AutoresetMode.SAME_STEP}
-        envs = gym.make_vec(env, num_envs, "sync", vector_kwargs=same_step, render_mode=render_mode)
+        envs = gym.make_vec(env, num_envs, "sync", vector_kwargs=same_step, **kwargs)
     except Exception as error:  # noqa: BLE001 - a constructor may raise anything
-        raise ValueError(f"--env {env}: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"--env {env}: {type(error).__name__}: {error}") from None
     spaces = (envs.single_observation_space, envs.single_action_space)
     vectors = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces)
     if not vectors or not spaces[1].is_bounded():
@@ -229,10 +229,7 @@ def update(policy, value, optimizer, batch, settings):
             value_loss = nn.functional.mse_loss(value(obs[i])[:, 0], batch["returns"][i])
             info["norm"] = step_optimizer(optimizer, policy, value, loss + value_loss)
             infos.append(info)
-    means = {name: torch.stack([info[name] for info in infos]).mean().item() for name in infos[0]}
-    if not math.isfinite(means.pop("norm")):  # once per rollout, or every update waits for a GPU
-        raise FloatingPointError("non-finite gradient")
-    return means
+    return {name: torch.stack([info[name] for info in infos]).mean().item() for name in infos[0]}
 
 
 def self_distill(policy, value, optimizer, obs, updates):
@@ -286,6 +283,8 @@ def train(settings, path, place, args):
             generator = torch.Generator(device).manual_seed(iteration)  # not the training's
             measured = drift(policy, batch, generator)
         info = update(policy, value, optimizer, batch, settings)
+        if not math.isfinite(info.pop("norm")):  # once per rollout, or every update waits for a GPU
+            raise FloatingPointError(f"non-finite gradient at step {(iteration + 1) * size}")
         if settings["distill"] == "after":
             self_distill(policy, value, optimizer, batch["obs"], settings["updates"])
         decay.step()
@@ -297,7 +296,7 @@ def train(settings, path, place, args):
 
 
 @torch.no_grad()
-def play(path, episodes, noise_scale=1.0, render_mode=None):
+def play(path, episodes, noise_scale=1.0, **kwargs):
     """Returns (episodes,) of a trained policy, one episode in each environment, and the frames."""
     state = dipod.load(path, "control")
     obs_dim, action_dim = len(state["norm"]["mean"]), len(state["policy"]["log_std"])
@@ -305,12 +304,12 @@ def play(path, episodes, noise_scale=1.0, render_mode=None):
     policy.load_state_dict(state["policy"])
     norm = ObservationNorm(obs_dim)
     norm.load_state_dict(state["norm"])
-    envs = make_envs(state["settings"]["env"], episodes, render_mode)
+    envs = make_envs(state["settings"]["env"], episodes, **kwargs)
     obs, _ = envs.reset(seed=10**6)
     generator = torch.Generator().manual_seed(0)
     returns, frames = np.full(episodes, np.nan), []
     while np.isnan(returns).any():
-        if render_mode:
+        if kwargs:
             frames.append(envs.render()[0])
         noise = noise_scale * torch.randn(episodes, action_dim, generator=generator)
         action = policy.sample(norm(torch.as_tensor(obs, dtype=torch.float32)), noise)
@@ -328,7 +327,10 @@ def evaluate(paths, gif):
     if gif:
         import imageio  # comes with gymnasium[mujoco]
 
-        _, frames = play(paths[0], 1, render_mode="rgb_array")
+        try:
+            _, frames = play(paths[0], 1, render_mode="rgb_array")
+        except Exception as error:  # noqa: BLE001 - it depends on what a screen lacks
+            raise ValueError(f"--gif: no picture here, MUJOCO_GL may help ({error})") from None
         imageio.mimsave(gif, frames[:300], duration=40, loop=0)
     for path in paths:
         for name, scale in (("with noise", 1.0), ("without", 0.0)):
@@ -369,7 +371,7 @@ def main():
         make_envs(args.env, 1).close()
         records = dipod.prepare(args, settings_of)
     except (ValueError, OSError, RuntimeError) as error:
-        parser.error(str(error))
+        parser.error(str(error).splitlines()[0])
     print(f"{args.env}, {args.steps} steps, {args.policy} policy")
     errors = dipod.run_all(train, records, args, "return")
     raise SystemExit(dipod.finish(records, errors))

@@ -584,7 +584,10 @@ def task_parser(doc, methods, default):
     either = parser.add_mutually_exclusive_group().add_argument
     either("--resume", action="store_true", help="go on from the records in --out")
     either("--overwrite", action="store_true", help="replace the records in --out")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of torch")
+    usable = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.mps.is_available()}
+    devices = [name for name in usable if usable[name]]
+    default = "cuda" if usable["cuda"] else "cpu"
+    add("--device", choices=devices, default=default, help="cuda if there is one, else cpu")
     return parser
 
 
@@ -619,19 +622,15 @@ def prepare(args, settings_of):
     out = Path(args.out or next(name for name in names if not Path(name).exists()))
     records = {out / f"{run['method']}_{run['seed']}.pt": run for run in runs}
     _expect(len(records) == len(runs), "--methods", "each method once", args.methods)
-    for path in [path for path in records if path.exists()]:
-        _expect(
-            args.resume or args.overwrite, "--out", "--resume or --overwrite", f"{path} already"
-        )
-        if args.resume:
-            old = load(path, runs[0]["task"])["settings"]
-            other = {
-                k: f"{old.get(k)}, now {v}" for k, v in records[path].items() if old.get(k) != v
-            }
-            _expect(not other, "--resume", f"the settings of {path}", other)
+    for path, settings in records.items():
+        if path.exists() and args.resume:
+            old = load(path, settings["task"])["settings"]
+            changed = [f"{name} {settings[name]}" for name in old if settings.get(name) != old[name]]
+            _expect(not changed, "--resume", f"the settings of {path}", ", ".join(changed))
+        elif path.exists() and not args.overwrite:
+            raise ValueError(f"{path} exists: --resume goes on from it, --overwrite replaces it")
     out.mkdir(parents=True, exist_ok=True)
     (out / "writable.partial").touch()
-    torch.zeros(1, device=args.device)
     return records
 
 
@@ -706,12 +705,6 @@ def start_worker():
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: os._exit(parent.join() or 1), daemon=True).start()
-
-
-def mean(rows, column):
-    """Mean of a column over the rows that have a number there."""
-    values = [row[column] for row in rows if not math.isnan(row[column])]
-    return sum(values) / len(values) if values else math.nan
 
 
 def finish(records, errors):

@@ -290,7 +290,13 @@ def main():
     add("--inner", type=number(int, 1), default=8, help="updates on a rollout")
     add("--prompts", type=number(int, 1), default=8, help="prompts of a rollout, 8 samples each")
     add("--decay", action="store_true", help="the learning rate decays linearly to 0")
-    add("--base", nargs="+", type=Path, metavar="FILE", help="base models (default: pretrained into --out)")
+    add(
+        "--base",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="base models (default: pretrained into --out)",
+    )
     args = parser.parse_args()
     try:
         for path in args.base or ():
@@ -298,10 +304,11 @@ def main():
         if args.prompts % WORLD:
             raise ValueError(f"--prompts: expected a multiple of {WORLD} processes")
         records = dipod.prepare(args, settings_of) if RANK == 0 else None
-        if records and not records.keys().isdisjoint(args.base or ()):
+        written = {path.resolve() for path in records or ()}
+        if written & {path.resolve() for path in args.base or ()}:
             raise ValueError("--base: expected no record that this command writes")
     except (ValueError, OSError, RuntimeError) as error:
-        parser.error(str(error))
+        parser.error(str(error).splitlines()[0])
     if RANK == 0 and not args.base:
         args.base = pretrain_bases(next(iter(records)).parent, args)
     if WORLD > 1:
