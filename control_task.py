@@ -38,6 +38,7 @@ LAMBDA = 0.95
 MAX_GRAD_NORM = 0.5
 DRAWS = 4  # (time, noise) pairs of an action: the more, the less noise in the ratio
 BETA = 0.3  # in advantage per A * (mean over dimensions) of the flow's ELBO
+NUM_STEPS = 3  # midpoint steps of the sampler, two network calls each
 FLOW_SCALE = 0.02  # factor of the flow's output; larger flows learn more than the reward asks for
 ROWS = 20  # rows of a run's record
 
@@ -210,23 +211,31 @@ def update(policy, value, optimizer, batch, settings):
     with torch.no_grad():
         old_elbo = policy.elbo(obs, action, draws)  # (B, N), once, with the draws of every epoch
         z = policy.standardize(obs, action)  # the flow's part, as sampled
+    columns = (obs, action, z, *draws, old_elbo, batch["advantages"], batch["returns"])
+    trust_region = "aspo" if settings["per_draw"] else "ppo"
     infos = []
     for _ in range(EPOCHS):
-        for i in torch.randperm(len(obs), device=obs.device).split(MINIBATCH):
-            minibatch_draws = FlowDraws(draws.time[i], draws.noise[i])
-            elbo, old = policy.elbo(obs[i], action[i], minibatch_draws), old_elbo[i]
+        order = torch.randperm(len(obs), device=obs.device)
+        minibatches = zip(*(column[order].split(MINIBATCH) for column in columns))
+        for x, a, z_old, time, noise, old, advantage, target in minibatches:
+            elbo = policy.elbo(x, a, FlowDraws(time, noise))
             if not settings["per_draw"]:
                 elbo, old = elbo.mean(1), old.mean(1)
             distill_elbo = None
-            if settings["beta"]:  # not of the head, which has no gap and would only lose its std
-                distill_elbo = policy.flow_elbo(obs[i], z[i], minibatch_draws)
-            a = batch["advantages"][i]
-            a = (a - a.mean()) / (a.std() + 1e-8)
-            trust_region = "aspo" if settings["per_draw"] else "ppo"
+            if settings["beta"]:  # without the head, which has no gap and would only lose its std
+                pair = FlowDraws(time[:, :2], noise[:, :2])
+                distill_elbo = policy.flow_elbo(x, z_old, pair)
+            advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
             loss, info = dipod_loss(
-                elbo, old, a, settings["beta"], CLIP, trust_region, distill_elbo=distill_elbo
+                elbo,
+                old,
+                advantage,
+                settings["beta"],
+                CLIP,
+                trust_region,
+                distill_elbo=distill_elbo,
             )
-            value_loss = nn.functional.mse_loss(value(obs[i])[:, 0], batch["returns"][i])
+            value_loss = nn.functional.mse_loss(value(x)[:, 0], target)
             info["norm"] = step_optimizer(optimizer, policy, value, loss + value_loss)
             infos.append(info)
     return {name: torch.stack([info[name] for info in infos]).mean().item() for name in infos[0]}
@@ -247,7 +256,7 @@ def self_distill(policy, value, optimizer, obs, updates):
 def make_policy(settings, obs_dim, action_dim):
     """The policy that a run's settings describe."""
     flow, tight = settings["method"] != "ppo", settings["policy"] == "tight"
-    return FlowPolicy(obs_dim, action_dim, tight or not flow, flow, FLOW_SCALE)
+    return FlowPolicy(obs_dim, action_dim, tight or not flow, flow, FLOW_SCALE, NUM_STEPS)
 
 
 def train(settings, path, place, args):
@@ -269,7 +278,7 @@ def train(settings, path, place, args):
         path, settings, parts | {"optimizer": optimizer, "decay": decay}, place, args.resume
     )
     obs, _ = envs.reset(seed=1000 * settings["seed"] + run.iteration)
-    returns = []
+    returns, score = [], math.nan
     for iteration in range(run.iteration, iterations):
         batch, obs, finished = rollout(policy, value, norm, envs, obs)
         returns += finished
@@ -289,7 +298,8 @@ def train(settings, path, place, args):
             self_distill(policy, value, optimizer, batch["obs"], settings["updates"])
         decay.step()
         if due:
-            score = float(np.mean(returns)) if returns else math.nan
+            if returns:  # else no episode has ended since the last row
+                score = float(np.mean(returns))
             row = {"step": (iteration + 1) * size, "return": score}
             run.add(iteration + 1, row | measured | info)
             returns = []

@@ -324,9 +324,10 @@ def _solver(velocity, num_steps, method, path):
     def step(x, time):
         v = velocity(x, torch.full_like(x[:, :1], time))
         if method == "midpoint":
-            v = velocity(x - dtau / 2 * v, torch.full_like(x[:, :1], time - 0.5 / num_steps))
+            middle = x.sub(v, alpha=dtau / 2)
+            v = velocity(middle, torch.full_like(x[:, :1], time - 0.5 / num_steps))
         _check_shapes(noise=(x, "BA"), velocity=(v, "BA"))
-        return x - dtau * v
+        return x.sub(v, alpha=dtau)
 
     return step
 
@@ -370,9 +371,8 @@ class FlowPolicy(nn.Module):
         self.log_std = nn.Parameter(torch.zeros(action_dim), requires_grad=tight)
         # One layer on (obs, time, x) in two parts: the observation's runs once, not once per draw.
         self.obs_layer = nn.Linear(obs_dim, 64)
-        self.flow_layer = nn.Linear(8 + action_dim, 64, bias=False)
+        self.flow_layer = nn.Linear(2 + action_dim, 64, bias=False)
         self.net = nn.Sequential(nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, action_dim))
-        self.register_buffer("frequency", 2.0 ** torch.arange(4))
         if tight:
             nn.init.zeros_(self.net[-1].weight)
             nn.init.zeros_(self.net[-1].bias)
@@ -382,11 +382,11 @@ class FlowPolicy(nn.Module):
         context = self.obs_layer(obs)
 
         def field(x, time):
-            angle = time * self.frequency
-            hidden = self.flow_layer(torch.cat((angle.cos(), angle.sin(), x), -1))
-            v = self.scale * self.net(hidden + (context if x.dim() == 2 else context[:, None]))
-            # E[target | x] is 0 at tau = 0. Where a field is not, the bound in nats diverges.
-            return v * (time * _TAU["vp"]).sin() if self.solver["path"] == "vp" else v
+            tau = time * (math.pi / 2)
+            hidden = self.flow_layer(torch.cat((tau.cos(), tau.sin(), x), -1))
+            v = self.net(hidden + (context if x.dim() == 2 else context[:, None]))
+            # On "vp" E[target | x] is 0 at time 0, and the bound diverges if the field is not.
+            return v * (self.scale * tau.sin() if self.solver["path"] == "vp" else self.scale)
 
         return field
 
@@ -625,7 +625,9 @@ def prepare(args, settings_of):
     for path, settings in records.items():
         if path.exists() and args.resume:
             old = load(path, settings["task"])["settings"]
-            changed = [f"{name} {settings[name]}" for name in old if settings.get(name) != old[name]]
+            changed = [
+                f"{name} {settings[name]}" for name in old if settings.get(name) != old[name]
+            ]
             _expect(not changed, "--resume", f"the settings of {path}", ", ".join(changed))
         elif path.exists() and not args.overwrite:
             raise ValueError(f"{path} exists: --resume goes on from it, --overwrite replaces it")

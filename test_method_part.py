@@ -48,8 +48,8 @@ def loss_by_loop(elbo, old_elbo, advantages, beta, clip, trust_region, weight, d
             ratio = math.e ** (new - old.detach())
             ppo = min(ratio * a, min(max(ratio, 1 - clip), 1 + clip) * a)
             spo = ratio * a - abs(a) / (2 * clip) * (ratio - 1) ** 2
-            aspo = ppo if a > 0 else spo
-            surrogates.append({"ppo": ppo, "spo": spo, "aspo": aspo}[trust_region])
+            kinds = {"ppo": ppo, "spo": spo, "aspo": ppo if a > 0 else spo}
+            surrogates.append(kinds[trust_region])
         objective = sum(surrogates) / len(surrogates) + beta * distill_elbo[b].mean()
         total = total - weight[b] * objective / weight.sum()
     return total
@@ -59,7 +59,7 @@ def loss_by_loop(elbo, old_elbo, advantages, beta, clip, trust_region, weight, d
 @pytest.mark.parametrize("shape", [(12,), (12, 3)])
 @pytest.mark.parametrize("weight", [None, torch.arange(12.0)])
 def test_dipod_loss_against_a_loop(trust_region, shape, weight):
-    elbo, old_elbo, distill_elbo = 0.3 * leaf(*shape), 0.3 * leaf(*shape), leaf(12, 5)
+    elbo, old_elbo, distill_elbo = 0.3 * leaf(*shape), 0.3 * leaf(*shape), leaf(12, 3)
     arguments = (elbo, old_elbo, leaf(12), 0.3, 0.2, trust_region)
     loss, info = dipod.dipod_loss(*arguments, weight)
     w = torch.ones(12).double() if weight is None else weight.double()
@@ -70,7 +70,7 @@ def test_dipod_loss_against_a_loop(trust_region, shape, weight):
         mean = w @ x.detach().view(12, -1).mean(1) / w.sum()
         assert info[name].item() == pytest.approx(mean.item())
     same(info["policy_loss"], loss.detach() + 0.3 * info["elbo"])
-    # Another ELBO for the regularizer, with a number of draws of its own, replaces that term alone.
+    # Another ELBO for the regularizer, (B, M) or (B, N), replaces that term alone.
     loss, _ = dipod.dipod_loss(*arguments, weight, distill_elbo)
     same(loss, loss_by_loop(*arguments, w, distill_elbo), elbo, distill_elbo)
 
@@ -85,22 +85,6 @@ def test_spg_loss_against_a_loop():
     for lower in (elbo, elbo.mean(1)):
         loss, _ = dipod.spg_loss(lower, eubo, advantages, beta=0.3, mix=0.25, weight=weight)
         same(loss, expected, elbo, eubo)
-
-
-def test_before_the_first_update_dipod_is_an_advantage_shifted_by_beta():
-    draws, advantages = leaf(6, 4), leaf(6)
-    shifted = -((advantages + 0.3) * draws.mean(1)).mean()
-    for elbo in (draws, draws.mean(1)):
-        loss, info = dipod.dipod_loss(elbo, elbo.detach(), advantages, beta=0.3)
-        torch.testing.assert_close(gradient(loss, draws), gradient(shifted, draws))
-        assert info["ratio"] == 1 and info["clip_fraction"] == 0
-
-
-def test_the_cap_of_the_log_ratio_leaves_the_gradient():
-    elbo = torch.tensor([50.0], requires_grad=True)
-    loss, _ = dipod.dipod_loss(elbo, torch.zeros(1), torch.tensor([-1.0]), beta=0.0)
-    assert loss.item() == pytest.approx(math.exp(10))
-    assert gradient(loss, elbo).item() == pytest.approx(math.exp(10))
 
 
 def both_losses(elbo, other, advantages, weight=None, beta=0.3, clip=0.2):
@@ -142,57 +126,24 @@ def test_compiles_to_one_graph_while_beta_and_clip_are_scheduled(path):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_networks_have_float32_elbos_and_losses(dtype):
-    scale, table = torch.randn(2), torch.randn(4, 3)
-    tokens, action = torch.zeros(8, 3).long(), torch.randn(8, 2)
-    masks, draws = dipod.draw_masks(tokens == 0, 4), dipod.draw_flow(action, 4)
+    action, tokens = torch.randn(8, 2), torch.zeros(8, 3).long()
+    masks = dipod.draw_masks(tokens == 0, 4)
+    inputs = (torch.zeros(2, 2), torch.randn(2), torch.randn(4, 3), -3 * torch.rand(2, 8, 4))
+    inputs = (*inputs, action, *dipod.draw_flow(action, 4))
 
-    def elbos_and_bounds(precision):
-        v, logits, a = (x.to(precision) for x in (scale, table, action))
-        elbo = dipod.flow_elbo(lambda x, time: v * x, a, draws)
-        bound = dipod.flow_bound(lambda x, time: v * x, a, draws)
-        return elbo, bound, *dipod.masked_bounds(lambda tokens: logits[tokens], tokens, masks, 3)
+    def results(precision):  # the inputs are rounded to dtype, and nothing else may be
+        slope, bias, logits, elbos, a, *draws = (x.to(dtype).to(precision) for x in inputs)
+        flow = (lambda x, time: torch.nn.functional.linear(x, slope, bias), a, FlowDraws(*draws))
+        bounds = dipod.masked_bounds(lambda tokens: logits[tokens], tokens, masks, 3)
+        losses = both_losses(*elbos, torch.ones(8))
+        return [dipod.flow_elbo(*flow), dipod.flow_bound(*flow), *bounds, losses]
 
-    for full, half in zip(elbos_and_bounds(torch.float32), elbos_and_bounds(dtype)):
-        torch.testing.assert_close(full, half, rtol=0.05, atol=0.05)  # this compares dtypes too
-    elbo, other = (-2 - torch.rand(2, 8, 4)).to(dtype)
-    full = both_losses(elbo.float(), other.float(), torch.ones(8))
-    torch.testing.assert_close(both_losses(elbo, other, torch.ones(8)), full)
-
-
-def test_losses_are_those_of_the_authors_published_code():
-    # Advantage, old and new ELBO for FPO; ELBO and EUBO per token and length for SPG.
-    text = """
-        1.0 -18.393060684 -17.932073593 -2.235543489 -2.235543489 8
-       -0.5  -3.820459127  -3.615159750 -2.428487062 -2.454542364 6
-        0.3 -15.894586563 -16.329538345 -2.481782198 -2.481782198 8
-       -1.2  -3.756222248  -3.587201357 -2.470957041 -2.512751943 3
-        0.0 -19.982540131 -19.993322372 -2.521459341 -2.860823531 8
-        0.4 -20.367469788 -21.067516327 -2.380939722 -2.380939722 8"""
-    samples = torch.tensor([float(x) for x in text.split()]).double().view(6, 6)
-    advantages, old_elbo, elbo, per_token, eubo, length = samples.unbind(1)
-    fpo, _ = dipod.dipod_loss(elbo, old_elbo, advantages, beta=0.05, clip=0.2)
-    spg, _ = dipod.spg_loss(per_token, eubo, advantages, beta=0.05, mix=0.5, weight=length)
-    assert [fpo.item(), spg.item()] == pytest.approx([0.76139118821, 0.49052418349], abs=1e-6)
-    # FPO++ without a regularizer, where only the log ratios matter: those of 4 draws; advantage.
-    text = """
-       -0.076734232  0.116757475  0.136795607  0.200402324 -1.363382699
-       -0.100011288 -0.218998512 -0.049982800 -0.004819553  0.623938958
-        0.645399365  0.337374140  0.769810335  0.612490570 -1.048961992
-        0.196064577  0.476636495  0.105920653 -0.052380123  0.329320921
-       -0.152706804  0.011380255 -0.014868820 -0.192097170  1.586795456
-       -0.126761320  0.118988855  0.949055298 -0.013685602 -0.297627696
-       -0.192718097 -0.196481219 -0.209014063  0.082311957  0.551272738"""
-    samples = torch.tensor([float(x) for x in text.split()]).view(7, 5)
-    ratio, advantages = samples[:, :4], samples[:, 4]
-    losses = []
-    for trust_region in ("ppo", "spo", "aspo"):
-        losses.append(dipod.dipod_loss(ratio, 0 * ratio, advantages, 0.0, 0.05, trust_region)[0])
-    expected = torch.tensor([0.14299066441, 1.69670488314, 1.59472412250])
-    torch.testing.assert_close(torch.stack(losses), expected, rtol=0, atol=1e-6)
+    for half, full in zip(results(dtype), results(torch.float32)):
+        torch.testing.assert_close(half, full)  # the dtypes too
 
 
 def test_group_advantages_by_hand():
-    rewards = torch.tensor([[0.0, 0.0, 1.0], [0.7, 0.7, 0.7]], requires_grad=True)
+    rewards = torch.tensor([[0.0, 0.0, 1.0], [0.1, 0.1, 0.1]], requires_grad=True)
     centred = rewards[0] - rewards[0].sum() / 3
     std = (centred.square().sum() / 2).sqrt()
     same(dipod.group_advantages(rewards, normalize=False)[0], centred, rewards)
@@ -242,20 +193,8 @@ def test_masked_elbo_and_masked_bounds_against_loops(power, num_draws):
         same(eubo[b], length * sum(per_token) / len(per_token), logits)
 
 
-def test_masked_elbo_is_unbiased_and_eubo_is_above_for_large_powers_only():
-    (model, _), tokens = table(3), torch.tensor(list(itertools.product(range(2), repeat=3)))
-    log_prob, exact = dipod.exact_likelihood(model, tokens, tokens >= 0, 2)
-    draws = dipod.draw_masks(tokens >= 0, 8000)
-    elbo, eubo = dipod.masked_bounds(model, tokens, draws, 2, power=3.0)
-    pairs = elbo.view(8, 4000, 2).mean(2)
-    assert ((pairs.mean(1) - exact).abs() < 4 * pairs.std(1) / math.sqrt(4000)).all()
-    assert (eubo > log_prob).all()
-    assert (dipod.masked_bounds(model, tokens, draws, 2, power=1.0)[1] < log_prob - 0.1).any()
-
-
 def test_masked_bounds_of_a_row_that_no_draw_masks_are_0_with_gradient_0():
-    model, logits = table(3)
-    draws = MaskDraws(torch.zeros(1, 2, 3).bool(), torch.ones(1, 2))
+    (model, logits), draws = table(3), MaskDraws(torch.zeros(1, 2, 3) > 0, torch.ones(1, 2))
     for bound in dipod.masked_bounds(model, torch.zeros(1, 3).long(), draws, 2):
         assert (bound == 0).all() and (gradient(bound.sum(), logits) == 0).all()
 
@@ -343,8 +282,7 @@ def test_flow_elbo_and_flow_bound_against_loops(path):
     a = action[:, None]
     alpha, sigma, d_alpha, d_sigma = coefficients(time)
     error = velocity(alpha * a + sigma * noise, time) - d_alpha * a - d_sigma * noise
-    elbo = dipod.flow_elbo(velocity, action, draws, path)
-    same(elbo, -(error**2).sum(2) / 2, weights, action)
+    same(dipod.flow_elbo(velocity, action, draws, path), -(error**2).mean(2), weights, action)
     # VDM's form: half the slope of the signal-to-noise ratio times the squared error of the action
     # that the velocity predicts, less that of a standard normal's best prediction.
     alpha, sigma, _, d_sigma = coefficients(0.1 + 0.9 * time)
@@ -413,10 +351,13 @@ def test_policy_has_the_sampler_s_density_and_a_bound_below_it(form):
     flow_elbo = 2 * dipod.flow_elbo(policy.velocity(obs), z, draws, policy.solver["path"])
     same(elbo, flow_elbo - policy.log_std.sum(), *parameters)
     assert policy.bound(obs, action, draws).mean() < log_prob.mean()
+    at_time_0 = policy.velocity(obs)(z, torch.zeros(500, 1))
+    assert form["tight"] == (at_time_0 == 0).all()  # or the bound on the path "vp" would diverge
 
 
 def test_policy_starts_tight_with_the_gaussian_s_score():
     policy = FlowPolicy(3, 2).double()
+    policy.log_std.data += 0.3
     obs, noise = torch.randn(5, 3).double(), torch.randn(5, 2).double()
     action = policy.sample(obs, noise)
     gaussian = torch.distributions.Normal(policy.mean(obs), policy.log_std.exp())
@@ -429,36 +370,6 @@ def test_policy_starts_tight_with_the_gaussian_s_score():
     same(policy.bound(obs, action, draws), score.expand(5, 4))
     elbo = policy.elbo(obs, action, draws).mean(1, keepdim=True)
     same(elbo - elbo.detach(), score - score.detach(), *head)
-
-
-# The drift
-
-
-def test_alignment_by_hand():
-    a, b, unused = leaf(2), leaf(1), leaf(3)
-    proxy, true = 3 * a[0] + 4 * b.sum(), 5 * a.sum()  # gradients (3, 0, 4) and (5, 5, 0)
-    cosine = dipod.alignment(proxy, true, iter([a, b, unused]))
-    assert cosine.item() == pytest.approx(15 / (5 * math.sqrt(50)))
-    assert dipod.alignment(proxy, 0 * true, [a, b]).isnan()
-
-
-def test_two_token_against_the_formulas_written_out():
-    rewards = torch.tensor([0.8, 1.0, 0.7, 1.0]).double()
-    history = dipod.two_token(beta=0.1, steps=20, lr=2.0)
-    theta = torch.zeros(6).double().requires_grad_()
-    for step in range(21):
-        p1_a, p1_b, p1_m, p2_a, p2_b, p2_m = theta.sigmoid()  # of A, given the other token
-        q1_a, q1_b, q1_m, q2_a, q2_b, q2_m = 1 - theta.sigmoid()  # of B
-        left = torch.stack((p1_m * p2_a, p1_m * q2_a, q1_m * p2_b, q1_m * q2_b))
-        right = torch.stack((p2_m * p1_a, q2_m * p1_b, p2_m * q1_a, q2_m * q1_b))
-        log_prob, elbo = ((left + right) / 2).log(), (left.log() + right.log()) / 2
-        pi, gap = log_prob.exp().detach(), (log_prob - elbo).detach()
-        a = rewards - pi @ rewards
-        proxy, true = gradient((pi * a) @ elbo, theta), gradient((pi * a) @ log_prob, theta)
-        cosine = proxy @ true / (proxy.norm() * true.norm())
-        row = [history[name][step] for name in ("gap_AA", "gap", "alignment", "reward")]
-        same(torch.stack(row), torch.stack((gap[0], pi @ gap, cosine, pi @ rewards)))
-        theta.data += 2.0 * (proxy + 0.1 * gradient(pi @ elbo, theta))
 
 
 # Devices and wrong calls
@@ -491,7 +402,6 @@ MODEL = torch.nn.Embedding(4, 3)
         ("elbo", lambda: dipod.dipod_loss(BN[None], BN[None], B)),
         ("elbo", lambda: dipod.dipod_loss(BN[:, :0], BN[:, :0], B)),
         ("distill_elbo", lambda: dipod.dipod_loss(BN, BN, B, distill_elbo=B[:1])),
-        ("weight", lambda: dipod.dipod_loss(BN, BN, B, weight=B[:, None])),
         ("weight", lambda: dipod.dipod_loss(BN, BN, B, weight=-B)),
         ("weight", lambda: dipod.spg_loss(BN, B, B, weight=0 * B)),
         ("beta", lambda: dipod.dipod_loss(BN, BN, B, beta=-0.1)),
@@ -502,12 +412,9 @@ MODEL = torch.nn.Embedding(4, 3)
         ("mix", lambda: dipod.spg_loss(BN, B, B, mix=1.1)),
         ("rewards", lambda: dipod.group_advantages(B[:, None])),  # one sample of each prompt
         ("maskable", lambda: dipod.draw_masks(BT > 0, 4)),  # empty completions
-        ("weight", lambda: dipod.masked_elbo(MODEL, BT, MaskDraws(MASKS.mask, B), 3)),
         ("mask", lambda: dipod.masked_bounds(MODEL, BT[:, 1:], MASKS, 3)),
         ("power", lambda: dipod.masked_bounds(MODEL, BT, MASKS, 3, power=0.5)),
-        ("tokens", lambda: dipod.sample_masked(MODEL, BT[0], 3)),
         ("maskable", lambda: dipod.exact_likelihood(MODEL, BT, torch.ones(3, 5).tril() > 0, 3)),
-        ("action", lambda: dipod.draw_flow(BA[:, :0], 4)),
         ("time", lambda: dipod.flow_elbo(torch.mul, BA, FlowDraws(BN, FLOWS.noise))),
         ("velocity", lambda: dipod.flow_elbo(lambda x, time: time, BA, FLOWS)),
         ("velocity", lambda: dipod.flow_bound(lambda x, time: time, BA, FLOWS)),
@@ -516,7 +423,6 @@ MODEL = torch.nn.Embedding(4, 3)
         ("method", lambda: dipod.flow_sample(torch.mul, BA, 2, method="heun")),
         ("num_steps", lambda: dipod.flow_sample(torch.mul, BA, 0)),
         ("action", lambda: dipod.flow_log_prob(torch.mul, BA, 2, action=BA[:1])),
-        ("proxy", lambda: dipod.alignment(B, B.sum(), [B])),
     ],
 )
 def test_wrong_call(argument, call):

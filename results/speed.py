@@ -1,0 +1,87 @@
+"""Environment steps per second on HalfCheetah-v5: the bare environment, this project, and its peer.
+
+    pip install stable-baselines3      # optional: the peer is left out without it
+    python results/speed.py
+
+One thread and 16 environments everywhere, and as many updates for Stable-Baselines3's PPO as for
+this project's methods. All are timed in turn, five times; a row is the median.
+"""
+
+import resource
+import statistics
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import control_task as task
+
+ENV = "HalfCheetah-v5"
+STEPS = 10 * task.NUM_ENVS * task.ROLLOUT
+
+
+def bare_environment():
+    """The vector environment alone, with random actions."""
+    envs = task.make_envs(ENV, task.NUM_ENVS).unwrapped
+    envs.reset(seed=0)
+    actions = [envs.action_space.sample() for _ in range(STEPS // task.NUM_ENVS)]
+    started = time.monotonic()
+    for action in actions:
+        envs.step(action)
+    return STEPS / (time.monotonic() - started)
+
+
+def this_project(method):
+    """A run of control_task.py, as it is, diagnostics and record included."""
+    args = Namespace(env=ENV, policy="tight", steps=STEPS, lr=task.LEARNING_RATE, beta=task.BETA)
+    args.device, args.resume, args.distill = "cpu", False, None
+    settings = task.settings_of(method, 0, args)
+    with TemporaryDirectory() as out:
+        started = time.monotonic()
+        task.train(settings, Path(out, "run.pt"), (1, 1, 1), args)
+        return STEPS / (time.monotonic() - started)
+
+
+def stable_baselines3():
+    """Its Gaussian PPO with the same networks, normalisation, rollouts and minibatches."""
+    from stable_baselines3 import PPO
+    from stable_baselines3.common.env_util import make_vec_env
+    from stable_baselines3.common.vec_env import VecNormalize
+
+    envs = VecNormalize(make_vec_env(ENV, task.NUM_ENVS, seed=0))
+    sizes = {"n_steps": task.ROLLOUT, "batch_size": task.MINIBATCH, "n_epochs": task.EPOCHS}
+    model = PPO("MlpPolicy", envs, device="cpu", **sizes)
+    started = time.monotonic()
+    model.learn(STEPS)
+    return STEPS / (time.monotonic() - started)
+
+
+def main():
+    """Prints the table."""
+    torch.set_num_threads(1)
+    measured = {"bare environment": bare_environment}
+    measured |= {method: lambda method=method: this_project(method) for method in ("dipod", "ppo")}
+    try:
+        import stable_baselines3 as _  # noqa: F401
+
+        measured["Stable-Baselines3 PPO"] = stable_baselines3
+    except ImportError:
+        print("Stable-Baselines3 is not installed")
+    speeds = {name: [] for name in measured}
+    for _ in range(5):
+        for name, measure in measured.items():
+            speeds[name].append(measure())
+    bare = statistics.median(speeds["bare environment"])
+    for name, values in speeds.items():
+        speed = statistics.median(values)
+        print(f"{name:<22} {speed:>7.0f} steps/s  {speed / bare:.2f} of the bare environment")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"peak memory {peak:.2f} GiB")
+
+
+if __name__ == "__main__":
+    main()
