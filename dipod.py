@@ -27,9 +27,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
+
 # 1. The loss. The sections below only provide the ELBOs that go into it.
-
-
 def _expect(ok, name, rule, got):
     if isinstance(ok, Tensor) and (ok.device.type != "cpu" or torch.compiler.is_compiling()):
         return  # values of tensors are checked only where looking is free
@@ -80,6 +79,7 @@ def dipod_loss(
     log_ratio = _select(_upcast(elbo) - old_elbo.detach(), weight)
     excess = (log_ratio - max_log_ratio).clamp(min=0)
     ratio = (log_ratio - excess.detach()).exp()  # the detached cap leaves the gradient as it is
+    clip = clip * torch.ones_like(ratio)  # torch.compile would compile anew for each number
     policy_loss = -_mean(_surrogate(ratio, advantages, clip, trust_region), weight)
     # Before the first update (ratio 1, nothing clipped) the gradient of this loss is that of
     # -mean((A + beta) * elbo): DiPOD is an advantage shifted by beta.
@@ -118,8 +118,7 @@ def _upcast(x):
 
 def _select(x, weight):
     """x (B,) or (B, N) with 0 for samples of weight 0; a product would not do: 0 * NaN is NaN."""
-    dropped = weight == 0
-    return _upcast(x).masked_fill(dropped if x.dim() == 1 else dropped[:, None], 0.0)
+    return _upcast(x).masked_fill((weight if x.dim() == 1 else weight[:, None]) == 0, 0.0)
 
 
 def _mean(x, weight):
@@ -160,8 +159,6 @@ def group_advantages(rewards, normalize=True):
 
 # 2. Masked diffusion (LLaDA, 2502.09992). The sampler reveals one random token per step. Its ELBO
 # masks k of the L tokens, k uniform on 1..L, uniformly which, and weights log-likelihoods by L / k.
-
-
 class MaskDraws(NamedTuple):
     """Which tokens each draw masks. Keep one for old and new ELBO; index it with the minibatch."""
 
@@ -170,10 +167,10 @@ class MaskDraws(NamedTuple):
 
 
 def draw_masks(maskable, num_draws, generator=None):
-    """MaskDraws (B, N, T), N = num_draws. Each is unbiased; together they vary less.
+    """MaskDraws, N = num_draws, in pairs: the first k and the last L+1-k tokens of a random order.
 
-    A pair masks the first k and the last L+1-k tokens of one random order. maskable: (B, T) bool,
-    every token that the sampler filled, those after an EOS too: `start == mask_id` of its input.
+    maskable: (B, T) bool, every token that the sampler filled, those after an EOS too. That is
+    `start == mask_id` of what `sample_masked` was given.
     """
     _check_shapes(maskable=(maskable, "BT"))
     _expect(maskable.any(1).all(), "maskable", "a maskable token in each row", maskable)
@@ -197,17 +194,14 @@ def _masked_log_prob(model, tokens, mask, mask_id):
     targets = tokens[mask].long()  # (M,): only the masked tokens pay for a softmax over V
     _expect((targets != mask_id).all(), "tokens", "no mask_id left in the completion", mask_id)
     log_p = _upcast(logits[mask.flatten(0, 1)]).log_softmax(-1).gather(1, targets[:, None])
-    result = log_p.new_zeros(mask.shape)
-    result[mask] = log_p[:, 0]
-    return result
+    return log_p.new_zeros(mask.shape).masked_scatter(mask, log_p)
 
 
 def masked_elbo(model, tokens, draws, mask_id):
-    """ELBO of masked diffusion (B, N), one estimate per draw, in nats per sequence, not per token.
+    """ELBO (B, N) = (L/k) * sum over masked i of log p(x_i | unmasked), in nats per sequence.
 
-    (L/k) * sum over masked i of log p(x_i | unmasked tokens). model: tokens (M, T) -> logits
-    (M, T, V), with dropout off and the same autocast for old and new, or the first ratio is not 1.
-    tokens: (B, T) int, as sampled.
+    tokens: (B, T) int, as sampled. model: tokens (M, T) -> logits (M, T, V), with dropout off and
+    the same autocast for old and new, or the first ratio is not 1.
     """
     mask, weight = draws
     _check_shapes(tokens=(tokens, "BT"), mask=(mask, "BNT"), weight=(weight, "BN"))
@@ -338,6 +332,7 @@ def flow_sample(velocity, noise, num_steps, method="midpoint", path="linear"):
     "midpoint" with n steps costs what "euler" with 2n does, and shrinks the policy's spread far
     less when a flow is distilled on its own samples.
     """
+    _check_shapes(noise=(noise, "BA"))
     step = _solver(velocity, num_steps, method, path)
     for i in range(num_steps):
         noise = step(noise, 1 - i / num_steps)
@@ -357,15 +352,16 @@ def mlp(inputs, outputs, last_gain):
 class FlowPolicy(nn.Module):
     """A diffusion policy, action = mean(obs) + std * z, where the flow carries noise to z.
 
-    tight: mean and std are learned, the path is "vp", and the flow's last layer starts at 0. So z
-        starts as a standard normal, the policy as PPO's Gaussian, and the gap as 0.
-    textbook (tight=False): FPO's. Mean 0, std 1, "linear" path, ordinary last layer, a large gap.
+    tight: mean and std are learned, the path is "vp", and the flow's last layer starts at 0: z
+        starts as a standard normal, the policy as PPO's Gaussian, the gap as 0.
+    not tight, FPO's textbook flow: mean 0, std 1, path "linear", and a large gap at the start.
     flow=False: z is the noise. PPO's Gaussian policy, whose ELBO is its log-likelihood.
     """
 
     def __init__(self, obs_dim, action_dim, tight=True, flow=True, scale=0.02, num_steps=5):
         super().__init__()
-        self.flow, self.scale = flow, scale if tight else 0.25
+        self.flow = flow
+        self.scale = (scale if tight else 0.25) if flow else 0.0
         self.solver = {"num_steps": num_steps, "path": "vp" if tight else "linear"}
         self.mean = mlp(obs_dim, action_dim, 0.01) if tight else None
         self.log_std = nn.Parameter(torch.zeros(action_dim), requires_grad=tight)
@@ -424,20 +420,18 @@ class FlowPolicy(nn.Module):
 
 
 # 4. Measuring the drift: exact likelihoods, the bound in nats, alignment.
-
-
 def exact_likelihood(model, tokens, maskable, mask_id):
     """log_prob (B,) of `sample_masked` and elbo (B,) in nats, exact and differentiable.
 
     F(S) is the probability that the sampler reveals the subset S first: F({}) = 1, F(S + i) +=
     F(S) p(x_i|x_S) / (L - |S|), log_prob = log F(all). elbo is the sum over sizes s of the mean
-    over |S| = s of the mean over i not in S of log p(x_i|x_S). maskable is (B, T), L <= 14 the same
-    in each row: 2^L - 1 contexts of each row go through the model at once.
+    over |S| = s of the mean over i not in S of log p(x_i|x_S). maskable: (B, T) bool, the same
+    L <= 14 in each row, for all 2^L - 1 contexts go through the model at once.
     """
     _check_shapes(tokens=(tokens, "BT"), maskable=(maskable, "BT"))
     lengths = maskable.sum(1).tolist()
     length = lengths[0]
-    ok = 1 <= length <= 14 and lengths == [length] * len(lengths)
+    ok = set(lengths) == {length} and 1 <= length <= 14
     _expect(ok, "maskable", "the same number of maskable tokens in each row, 1 to 14", lengths)
     subsets = torch.arange(2**length - 1, device=tokens.device)  # bit i of S: token i is revealed
     hidden = (subsets[:, None] >> torch.arange(length, device=tokens.device)) % 2 == 0  # (S, L)
@@ -459,12 +453,13 @@ def exact_likelihood(model, tokens, maskable, mask_id):
 def flow_log_prob(velocity, noise, num_steps, method="midpoint", path="linear", action=None):
     """action (B, A) of `flow_sample`, detached, and the discrete sampler's exact log_prob (B,).
 
-    log_prob = log N(noise) - sum over solver steps of log|det Jacobian|. Its gradient is the score,
-    at a fixed action. The noise that leads there moves with the parameters, so each step is
-    inverted on the stored path, by a Newton step that changes no value and has the inverse's
-    gradient. An `action` with a graph of its own, (a - mean) / std, takes the stored one's place.
-    Where the map folds, other noise leads there too and is left out. Rows must be independent.
+    log_prob = log N(noise) - sum over steps of log|det Jacobian|. Its gradient is the score, at a
+    fixed action: the noise that leads there moves with the parameters, so each step is inverted at
+    its stored point, by a Newton step that changes no value and has the inverse's gradient. `action`
+    replaces the stored one if it has a graph of its own, as (a - mean) / std. Rows are independent.
+    Where the map folds, more noise leads to the action than is counted.
     """
+    _check_shapes(noise=(noise, "BA"), action=(noise if action is None else action, "BA"))
     step = _solver(velocity, num_steps, method, path)
 
     def jacobian(x, time):  # (B, A, A); rows are independent, so their sum serves all of them
@@ -489,9 +484,9 @@ def flow_bound(velocity, action, draws, path="linear", min_time=0.0):
     """The flow's ELBO (B, N) in nats, one estimate per draw; arguments as in `flow_elbo`.
 
     log N(action) - integral over tau of (alpha / sigma) (|v - u|^2 - |v0 - u|^2), u the target and
-    v0 the exact velocity of a standard normal (VDM's bound, 2107.00630, for a velocity). It starts
-    at min_time, and at 0 converges only if v = v0 there. It bounds the SDE with this velocity while
-    the sampler is the ODE: one sample's gap can be negative, the mean on policy cannot.
+    v0 the exact velocity of a standard normal (VDM's bound, 2107.00630, for a velocity), from
+    min_time on: at 0 it converges only if v = v0. It bounds the SDE with this velocity and the
+    sampler is the ODE, so one sample's gap can be negative, while the mean on policy cannot.
     """
     _check_shapes(action=(action, "BA"), time=(draws.time, "BN1"), noise=(draws.noise, "BNA"))
     time = min_time + (1 - min_time) * _upcast(draws.time)
@@ -500,6 +495,7 @@ def flow_bound(velocity, action, draws, path="linear", min_time=0.0):
     u = d_alpha * action[:, None] + d_sigma * draws.noise
     v0 = (alpha * d_alpha + sigma * d_sigma) / (alpha**2 + sigma**2) * x
     v = velocity(x.to(action.dtype), time.to(action.dtype))
+    _check_shapes(noise=(draws.noise, "BNA"), velocity=(v, "BNA"))
     excess = (v - u).square().sum(-1) - (v0 - u).square().sum(-1)
     weight = (alpha / sigma.clamp(min=1e-30))[..., 0]  # at sigma = 0 the excess is 0 too
     integral = (1 - min_time) * _TAU[path] * weight * excess
@@ -509,19 +505,15 @@ def flow_bound(velocity, action, draws, path="linear", min_time=0.0):
 def alignment(proxy, true, parameters):
     """Second drift: cosine of the gradients of mean(A * elbo) and mean(A * log_prob), all 0-d."""
     _check_shapes(proxy=(proxy, ""), true=(true, ""))
-    parameters = list(parameters)
-
-    def gradient(y):
-        grads = torch.autograd.grad(y, parameters, retain_graph=True, materialize_grads=True)
-        return parameters_to_vector(grads)
-
-    a, b = gradient(proxy), gradient(true)
+    parameters, gradients = list(parameters), []
+    for y in (proxy, true):
+        gradient = torch.autograd.grad(y, parameters, retain_graph=True, materialize_grads=True)
+        gradients.append(parameters_to_vector(gradient))
+    a, b = gradients
     return a @ b / (a.norm() * b.norm())  # NaN where a gradient is 0
 
 
 # 5. The two-token example, the paper's Figure 2: both drifts, exactly.
-
-
 def two_token(beta=0.2, steps=1500, lr=0.1, rewards=(0.8, 1.0, 0.7, 1.0)):
     """Two tokens over {A, B}, six logits that start at 0, and rewards of AA, AB, BA, BB.
 
@@ -529,7 +521,6 @@ def two_token(beta=0.2, steps=1500, lr=0.1, rewards=(0.8, 1.0, 0.7, 1.0)):
     (steps+1,) float64, before each update and after the last, of "gap_AA", and under pi the mean
     "gap", the "alignment" and the mean "reward".
     """
-    _expect(beta >= 0, "beta", "a number >= 0", beta)
     theta = torch.zeros(2, 3, dtype=torch.float64, requires_grad=True)
 
     def model(tokens):  # (M, 2), where A, B and mask are 0, 1, 2 -> logits (M, 2, 2)
