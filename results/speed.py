@@ -66,7 +66,7 @@ def main():
     measured = {"bare environment": bare_environment}
     measured |= {method: lambda method=method: this_project(method) for method in ("dipod", "ppo")}
     try:
-        import stable_baselines3 as _  # noqa: F401
+        import stable_baselines3 as _
 
         measured["Stable-Baselines3 PPO"] = stable_baselines3
     except ImportError:
