@@ -36,7 +36,7 @@ CLIP = 0.2
 GAMMA = 0.99
 LAMBDA = 0.95
 MAX_GRAD_NORM = 0.5
-DRAWS = 4  # (time, noise) pairs of an action: the more, the less noise in the ratio
+DRAWS = 2  # (time, noise) of an action: one antithetic pair
 BETA = 0.3  # in advantage per A * (mean over dimensions) of the flow's ELBO
 NUM_STEPS = 3  # midpoint steps of the sampler, two network calls each
 FLOW_SCALE = 0.02  # factor of the flow's output; larger flows learn more than the reward asks for
@@ -223,8 +223,7 @@ def update(policy, value, optimizer, batch, settings):
                 elbo, old = elbo.mean(1), old.mean(1)
             distill_elbo = None
             if settings["beta"]:  # without the head, which has no gap and would only lose its std
-                pair = FlowDraws(time[:, :2], noise[:, :2])
-                distill_elbo = policy.flow_elbo(x, z_old, pair)
+                distill_elbo = policy.flow_elbo(x, z_old, FlowDraws(time, noise))
             advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
             loss, info = dipod_loss(
                 elbo,

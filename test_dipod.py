@@ -156,6 +156,61 @@ def test_half_precision_networks_have_float32_elbos_and_losses(dtype):
         torch.testing.assert_close(half, full)  # the dtypes too
 
 
+def test_losses_agree_with_the_authors_published_functions():
+    """Outputs of their code on small random inputs; SPG's is per token, weighted by length."""
+    old = [-18.393060684, -3.820459127, -15.894586563, -3.756222248, -19.982540131, -20.367469788]
+    new = [-17.932073593, -3.61515975, -16.329538345, -3.587201357, -19.993322372, -21.067516327]
+    advantages = torch.tensor([1.0, -0.5, 0.3, -1.2, 0.0, 0.4])
+    loss, _ = dipod.dipod_loss(torch.tensor(new), torch.tensor(old), advantages, 0.05, 0.2)
+    assert loss.item() == pytest.approx(0.761391188, abs=1e-5)
+    elbo = [-2.235543489, -2.428487062, -2.481782198, -2.470957041, -2.521459341, -2.380939722]
+    eubo = [-2.235543489, -2.411087592, -2.481782198, -2.501457625, -2.749268371, -2.380939722]
+    lengths = torch.tensor([8.0, 6.0, 8.0, 3.0, 8.0, 8.0])
+    loss, _ = dipod.spg_loss(torch.tensor(elbo), torch.tensor(eubo), advantages, 0.05, 0.5, lengths)
+    assert loss.item() == pytest.approx(0.492609840, abs=1e-5)
+    old = [
+        [-0.675679617, -1.44661571, -4.095531699, -2.676102754],
+        [-1.219234447, -0.804604023, -1.499777094, -0.29446088],
+        [-5.506640427, -9.362824557, -7.854235326, -2.63794167],
+        [-3.011756738, -5.481302028, -8.981386895, -1.56398176],
+        [-0.361273315, -2.18123388, -0.383562377, -2.636184081],
+        [-2.766414225, -3.521762468, -5.289951342, -2.886538081],
+        [-1.189226279, -2.076535558, -3.014374745, -2.671238633],
+    ]
+    new = [
+        [-0.752413849, -1.329858235, -3.958736092, -2.47570043],
+        [-1.319245735, -1.023602535, -1.549759894, -0.299280433],
+        [-4.861241062, -9.025450417, -7.084424991, -2.0254511],
+        [-2.815692161, -5.004665533, -8.875466242, -1.616361883],
+        [-0.513980119, -2.169853625, -0.398431197, -2.828281251],
+        [-2.893175545, -3.402773613, -4.340896044, -2.900223683],
+        [-1.381944376, -2.273016777, -3.223388808, -2.588926676],
+    ]
+    advantages = torch.tensor(
+        [
+            -1.363382699,
+            0.623938958,
+            -1.048961992,
+            0.329320921,
+            1.586795456,
+            -0.297627696,
+            0.551272738,
+        ]
+    )
+    for (trust_region, clip), expected in {
+        ("ppo", 0.01): 0.147682534,
+        ("ppo", 0.05): 0.142990664,
+        ("spo", 0.01): 7.959083368,
+        ("spo", 0.05): 1.696704883,
+        ("aspo", 0.01): 7.411522885,
+        ("aspo", 0.05): 1.594724123,
+    }.items():
+        loss, _ = dipod.dipod_loss(
+            torch.tensor(new), torch.tensor(old), advantages, 0.0, clip, trust_region
+        )
+        assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
 def test_group_advantages_by_hand():
     rewards = torch.tensor([[0.0, 0.0, 1.0], [0.1, 0.1, 0.1]], requires_grad=True)
     centred = rewards[0] - rewards[0].sum() / 3
