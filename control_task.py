@@ -107,26 +107,10 @@ class RewardNorm(wrappers.NormalizeReward):
         vars(self.return_rms).update(state)
 
 
-class ObservationNorm(nn.Module):
-    """Normalises observations by their running mean and variance, which `update` moves."""
-
-    def __init__(self, obs_dim):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(obs_dim))
-        self.register_buffer("var", torch.ones(obs_dim))
-        self.register_buffer("count", torch.tensor(1e-4))
-
-    def forward(self, obs):
-        return ((obs - self.mean) / (self.var + 1e-8).sqrt()).clamp(-10, 10)
-
-    def update(self, obs):
-        total = self.count + len(obs)
-        delta = obs.mean(0) - self.mean
-        squares = self.var * self.count + obs.var(0, correction=0) * len(obs)
-        squares += delta.square() * self.count * len(obs) / total
-        self.mean += delta * len(obs) / total
-        self.var.copy_(squares / total)
-        self.count.copy_(total)
+def observation_norm(obs_dim):
+    """Normalises by the mean and variance of all batches seen in training mode; clipped to 10."""
+    norm = nn.BatchNorm1d(obs_dim, affine=False, momentum=None)
+    return nn.Sequential(norm, nn.Hardtanh(-10.0, 10.0)).eval()
 
 
 def gae(rewards, values, next_values, terminated, done):
@@ -147,7 +131,7 @@ def gae(rewards, values, next_values, terminated, done):
 @torch.no_grad()
 def rollout(policy, value, norm, envs, obs):
     """ROLLOUT steps: a batch of (B, ...) tensors, the last observation, the finished returns."""
-    device = norm.mean.device
+    device = policy.log_std.device
     action_dim = envs.single_action_space.shape[0]
     steps, returns = [], []
     for _ in range(ROLLOUT):
@@ -164,13 +148,14 @@ def rollout(policy, value, norm, envs, obs):
         steps.append((raw, noise, action, *(torch.as_tensor(a, device=device) for a in arrays)))
         obs = next_obs
     raw, noise, action, last, reward, terminated, done = (torch.stack(x) for x in zip(*steps))
-    x = norm(raw)
+    x = norm(raw.flatten(0, 1)).view_as(raw)
     values = value(x)[..., 0]
-    next_values = value(norm(last.float()))[..., 0]
+    next_values = value(norm(last.float().flatten(0, 1)).view_as(raw))[..., 0]
     advantages = gae(reward.float(), values, next_values, terminated, done)
     batch = {"obs": x, "noise": noise, "action": action}
     batch |= {"advantages": advantages, "returns": advantages + values}
-    norm.update(raw.flatten(0, 1))  # from the next rollout on
+    norm.train()(raw.flatten(0, 1))  # counts from the next rollout on
+    norm.eval()
     return {name: tensor.flatten(0, 1) for name, tensor in batch.items()}, obs, returns
 
 
@@ -212,7 +197,7 @@ def update(policy, value, optimizer, batch, settings):
         old_elbo = policy.elbo(obs, action, draws)  # (B, N), once, with the draws of every epoch
         z = policy.standardize(obs, action)  # the flow's part, as sampled
     columns = (obs, action, z, *draws, old_elbo, batch["advantages"], batch["returns"])
-    trust_region = "aspo" if settings["per_draw"] else "ppo"
+    beta, trust_region = settings["beta"], "aspo" if settings["per_draw"] else "ppo"
     infos = []
     for _ in range(EPOCHS):
         order = torch.randperm(len(obs), device=obs.device)
@@ -221,19 +206,11 @@ def update(policy, value, optimizer, batch, settings):
             elbo = policy.elbo(x, a, FlowDraws(time, noise))
             if not settings["per_draw"]:
                 elbo, old = elbo.mean(1), old.mean(1)
-            distill_elbo = None
-            if settings["beta"]:  # without the head, which has no gap and would only lose its std
-                distill_elbo = policy.flow_elbo(x, z_old, FlowDraws(time, noise))
+            distill = None
+            if beta:  # without the head, which has no gap and would only lose its std
+                distill = policy.flow_elbo(x, z_old, FlowDraws(time, noise))
             advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
-            loss, info = dipod_loss(
-                elbo,
-                old,
-                advantage,
-                settings["beta"],
-                CLIP,
-                trust_region,
-                distill_elbo=distill_elbo,
-            )
+            loss, info = dipod_loss(elbo, old, advantage, beta, CLIP, trust_region, None, distill)
             value_loss = nn.functional.mse_loss(value(x)[:, 0], target)
             info["norm"] = step_optimizer(optimizer, policy, value, loss + value_loss)
             infos.append(info)
@@ -266,7 +243,7 @@ def train(settings, path, place, args):
     obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     policy = make_policy(settings, obs_dim, action_dim).to(device)
     value = mlp(obs_dim, 1, 1.0).to(device)
-    norm = ObservationNorm(obs_dim).to(device)
+    norm = observation_norm(obs_dim).to(device)
     weights = [*policy.parameters(), *value.parameters()]
     optimizer = torch.optim.AdamW(weights, settings["lr"], eps=1e-5, weight_decay=0.0, fused=True)
     size = NUM_ENVS * ROLLOUT
@@ -308,10 +285,10 @@ def train(settings, path, place, args):
 def play(path, episodes, noise_scale=1.0, **kwargs):
     """Returns (episodes,) of a trained policy, one episode in each environment, and the frames."""
     state = dipod.load(path, "control")
-    obs_dim, action_dim = len(state["norm"]["mean"]), len(state["policy"]["log_std"])
+    obs_dim, action_dim = len(state["norm"]["0.running_mean"]), len(state["policy"]["log_std"])
     policy = make_policy(state["settings"], obs_dim, action_dim)
     policy.load_state_dict(state["policy"])
-    norm = ObservationNorm(obs_dim)
+    norm = observation_norm(obs_dim)
     norm.load_state_dict(state["norm"])
     envs = make_envs(state["settings"]["env"], episodes, **kwargs)
     obs, _ = envs.reset(seed=10**6)

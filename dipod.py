@@ -220,10 +220,8 @@ def masked_bounds(model, tokens, draws, mask_id, power=1.0):
     _expect(power >= 1, "power", "a number >= 1", power)
     log_p = _masked_log_prob(model, tokens, mask, mask_id)
     terms = (power * log_p + weight.log()[..., None]).masked_fill(~mask, -math.inf)
-    # A token that no draw masks has no terms, and a logsumexp of nothing has no gradient. Such a
-    # token gets terms of 0 and is left out of the sum.
+    log_mean = terms.logsumexp(1) - math.log(mask.shape[1])  # -inf where no draw masks the token
     scored = mask.any(1)  # (B, T)
-    log_mean = terms.masked_fill(~scored[:, None], 0.0).logsumexp(1) - math.log(mask.shape[1])
     total = log_mean.masked_fill(~scored, 0.0).sum(1) / power
     length = (weight * mask.sum(-1)).amax(1)  # L, because weight = L / k
     return weight * log_p.sum(-1), length * total / scored.sum(1).clamp(min=1)
@@ -394,6 +392,7 @@ class FlowPolicy(nn.Module):
 
     def standardize(self, obs, action):
         """z (B, A), the flow's part of these actions."""
+        _check_shapes(log_std=(self.log_std, "A"), obs=(obs, "BO"), action=(action, "BA"))
         return action if self.mean is None else (action - self.mean(obs)) / self.log_std.exp()
 
     def flow_elbo(self, obs, z, draws):

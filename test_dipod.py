@@ -156,63 +156,56 @@ def test_half_precision_networks_have_float32_elbos_and_losses(dtype):
         torch.testing.assert_close(half, full)  # the dtypes too
 
 
-def test_losses_agree_with_the_authors_published_functions():
-    """Outputs of their code on small random inputs; SPG's is per token, weighted by length."""
-    old = [-18.393060684, -3.820459127, -15.894586563, -3.756222248, -19.982540131, -20.367469788]
-    new = [-17.932073593, -3.61515975, -16.329538345, -3.587201357, -19.993322372, -21.067516327]
-    advantages = torch.tensor([1.0, -0.5, 0.3, -1.2, 0.0, 0.4])
-    loss, _ = dipod.dipod_loss(torch.tensor(new), torch.tensor(old), advantages, 0.05, 0.2)
-    assert loss.item() == pytest.approx(0.761391188, abs=1e-5)
-    elbo = [-2.235543489, -2.428487062, -2.481782198, -2.470957041, -2.521459341, -2.380939722]
-    eubo = [-2.235543489, -2.411087592, -2.481782198, -2.501457625, -2.749268371, -2.380939722]
-    lengths = torch.tensor([8.0, 6.0, 8.0, 3.0, 8.0, 8.0])
-    loss, _ = dipod.spg_loss(torch.tensor(elbo), torch.tensor(eubo), advantages, 0.05, 0.5, lengths)
-    assert loss.item() == pytest.approx(0.492609840, abs=1e-5)
-    old = [
-        [-0.675679617, -1.44661571, -4.095531699, -2.676102754],
-        [-1.219234447, -0.804604023, -1.499777094, -0.29446088],
-        [-5.506640427, -9.362824557, -7.854235326, -2.63794167],
-        [-3.011756738, -5.481302028, -8.981386895, -1.56398176],
-        [-0.361273315, -2.18123388, -0.383562377, -2.636184081],
-        [-2.766414225, -3.521762468, -5.289951342, -2.886538081],
-        [-1.189226279, -2.076535558, -3.014374745, -2.671238633],
-    ]
-    new = [
-        [-0.752413849, -1.329858235, -3.958736092, -2.47570043],
-        [-1.319245735, -1.023602535, -1.549759894, -0.299280433],
-        [-4.861241062, -9.025450417, -7.084424991, -2.0254511],
-        [-2.815692161, -5.004665533, -8.875466242, -1.616361883],
-        [-0.513980119, -2.169853625, -0.398431197, -2.828281251],
-        [-2.893175545, -3.402773613, -4.340896044, -2.900223683],
-        [-1.381944376, -2.273016777, -3.223388808, -2.588926676],
-    ]
-    advantages = torch.tensor(
-        [
-            -1.363382699,
-            0.623938958,
-            -1.048961992,
-            0.329320921,
-            1.586795456,
-            -0.297627696,
-            0.551272738,
-        ]
-    )
-    for (trust_region, clip), expected in {
-        ("ppo", 0.01): 0.147682534,
-        ("ppo", 0.05): 0.142990664,
-        ("spo", 0.01): 7.959083368,
-        ("spo", 0.05): 1.696704883,
-        ("aspo", 0.01): 7.411522885,
-        ("aspo", 0.05): 1.594724123,
-    }.items():
-        loss, _ = dipod.dipod_loss(
-            torch.tensor(new), torch.tensor(old), advantages, 0.0, clip, trust_region
-        )
-        assert loss.item() == pytest.approx(expected, rel=1e-5)
+def test_before_the_first_update_dipod_is_an_advantage_shifted_by_beta():
+    draws, advantages = leaf(6, 4), leaf(6)
+    shifted = -((advantages + 0.3) * draws.mean(1)).mean()
+    for elbo in (draws, draws.mean(1)):
+        loss, info = dipod.dipod_loss(elbo, elbo.detach(), advantages, beta=0.3)
+        torch.testing.assert_close(gradient(loss, draws), gradient(shifted, draws))
+        assert info["ratio"] == 1 and info["clip_fraction"] == 0
+
+
+def test_the_cap_of_the_log_ratio_leaves_the_gradient():
+    elbo = torch.tensor([50.0], requires_grad=True)
+    loss, _ = dipod.dipod_loss(elbo, torch.zeros(1), torch.tensor([-1.0]), beta=0.0)
+    assert loss.item() == pytest.approx(math.exp(10))
+    assert gradient(loss, elbo).item() == pytest.approx(math.exp(10))
+
+
+def test_losses_are_those_of_the_authors_published_code():
+    # Advantage, old and new ELBO for FPO; ELBO and EUBO per token and length for SPG.
+    text = """
+        1.0 -18.393060684 -17.932073593 -2.235543489 -2.235543489 8
+       -0.5  -3.820459127  -3.615159750 -2.428487062 -2.454542364 6
+        0.3 -15.894586563 -16.329538345 -2.481782198 -2.481782198 8
+       -1.2  -3.756222248  -3.587201357 -2.470957041 -2.512751943 3
+        0.0 -19.982540131 -19.993322372 -2.521459341 -2.860823531 8
+        0.4 -20.367469788 -21.067516327 -2.380939722 -2.380939722 8"""
+    samples = torch.tensor([float(x) for x in text.split()]).double().view(6, 6)
+    advantages, old_elbo, elbo, per_token, eubo, length = samples.unbind(1)
+    fpo, _ = dipod.dipod_loss(elbo, old_elbo, advantages, beta=0.05, clip=0.2)
+    spg, _ = dipod.spg_loss(per_token, eubo, advantages, beta=0.05, mix=0.5, weight=length)
+    assert [fpo.item(), spg.item()] == pytest.approx([0.76139118821, 0.49052418349], abs=1e-6)
+    # FPO++ without a regularizer, where only the log ratios matter: those of 4 draws; advantage.
+    text = """
+       -0.076734232  0.116757475  0.136795607  0.200402324 -1.363382699
+       -0.100011288 -0.218998512 -0.049982800 -0.004819553  0.623938958
+        0.645399365  0.337374140  0.769810335  0.612490570 -1.048961992
+        0.196064577  0.476636495  0.105920653 -0.052380123  0.329320921
+       -0.152706804  0.011380255 -0.014868820 -0.192097170  1.586795456
+       -0.126761320  0.118988855  0.949055298 -0.013685602 -0.297627696
+       -0.192718097 -0.196481219 -0.209014063  0.082311957  0.551272738"""
+    samples = torch.tensor([float(x) for x in text.split()]).view(7, 5)
+    ratio, advantages = samples[:, :4], samples[:, 4]
+    losses = []
+    for trust_region in ("ppo", "spo", "aspo"):
+        losses.append(dipod.dipod_loss(ratio, 0 * ratio, advantages, 0.0, 0.05, trust_region)[0])
+    expected = torch.tensor([0.14299066441, 1.69670488314, 1.59472412250])
+    torch.testing.assert_close(torch.stack(losses), expected, rtol=0, atol=1e-6)
 
 
 def test_group_advantages_by_hand():
-    rewards = torch.tensor([[0.0, 0.0, 1.0], [0.1, 0.1, 0.1]], requires_grad=True)
+    rewards = torch.tensor([[0.0, 0.0, 1.0], [0.9, 0.9, 0.9]], requires_grad=True)
     centred = rewards[0] - rewards[0].sum() / 3
     std = (centred.square().sum() / 2).sqrt()
     same(dipod.group_advantages(rewards, normalize=False)[0], centred, rewards)
@@ -260,6 +253,17 @@ def test_masked_elbo_and_masked_bounds_against_loops(power, num_draws):
                 upper[i] = upper.get(i, 0.0) + weight * log_p[i, tokens[b, i]].exp() ** power
         per_token = [(total / num_draws).log() / power for total in upper.values()]
         same(eubo[b], length * sum(per_token) / len(per_token), logits)
+
+
+def test_masked_elbo_is_unbiased_and_eubo_is_above_for_large_powers_only():
+    (model, _), tokens = table(3), torch.tensor(list(itertools.product(range(2), repeat=3)))
+    log_prob, exact = dipod.exact_likelihood(model, tokens, tokens >= 0, 2)
+    draws = dipod.draw_masks(tokens >= 0, 8000)
+    elbo, eubo = dipod.masked_bounds(model, tokens, draws, 2, power=3.0)
+    pairs = elbo.view(8, 4000, 2).mean(2)
+    assert ((pairs.mean(1) - exact).abs() < 4 * pairs.std(1) / math.sqrt(4000)).all()
+    assert (eubo > log_prob).all()
+    assert (dipod.masked_bounds(model, tokens, draws, 2, power=1.0)[1] < log_prob - 0.1).any()
 
 
 def test_masked_bounds_of_a_row_that_no_draw_masks_are_0_with_gradient_0():
@@ -441,6 +445,36 @@ def test_policy_starts_tight_with_the_gaussian_s_score():
     same(elbo - elbo.detach(), score - score.detach(), *head)
 
 
+# The drift
+
+
+def test_alignment_by_hand():
+    a, b, unused = leaf(2), leaf(1), leaf(3)
+    proxy, true = 3 * a[0] + 4 * b.sum(), 5 * a.sum()  # gradients (3, 0, 4) and (5, 5, 0)
+    cosine = dipod.alignment(proxy, true, iter([a, b, unused]))
+    assert cosine.item() == pytest.approx(15 / (5 * math.sqrt(50)))
+    assert dipod.alignment(proxy, 0 * true, [a, b]).isnan()
+
+
+def test_two_token_against_the_formulas_written_out():
+    rewards = torch.tensor([0.8, 1.0, 0.7, 1.0]).double()
+    history = dipod.two_token(beta=0.1, steps=20, lr=2.0)
+    theta = torch.zeros(6).double().requires_grad_()
+    for step in range(21):
+        p1_a, p1_b, p1_m, p2_a, p2_b, p2_m = theta.sigmoid()  # of A, given the other token
+        q1_a, q1_b, q1_m, q2_a, q2_b, q2_m = 1 - theta.sigmoid()  # of B
+        left = torch.stack((p1_m * p2_a, p1_m * q2_a, q1_m * p2_b, q1_m * q2_b))
+        right = torch.stack((p2_m * p1_a, q2_m * p1_b, p2_m * q1_a, q2_m * q1_b))
+        log_prob, elbo = ((left + right) / 2).log(), (left.log() + right.log()) / 2
+        pi, gap = log_prob.exp().detach(), (log_prob - elbo).detach()
+        a = rewards - pi @ rewards
+        proxy, true = gradient((pi * a) @ elbo, theta), gradient((pi * a) @ log_prob, theta)
+        cosine = proxy @ true / (proxy.norm() * true.norm())
+        row = [history[name][step] for name in ("gap_AA", "gap", "alignment", "reward")]
+        same(torch.stack(row), torch.stack((gap[0], pi @ gap, cosine, pi @ rewards)))
+        theta.data += 2.0 * (proxy + 0.1 * gradient(pi @ elbo, theta))
+
+
 # Devices and wrong calls
 
 
@@ -559,7 +593,7 @@ gym.register("Countdown-v0", entry_point=Countdown)
 def test_rollout_bootstraps_from_the_final_observation_and_keeps_actions_unclipped():
     envs = control_task.make_envs("Countdown-v0", control_task.NUM_ENVS)
     obs, _ = envs.reset(seed=0)
-    policy, norm = FlowPolicy(1, 1, flow=False), control_task.ObservationNorm(1)
+    policy, norm = FlowPolicy(1, 1, flow=False), control_task.observation_norm(1)
     policy.log_std.data.fill_(1.0)
     seen = []
 
