@@ -40,6 +40,7 @@ DRAWS = 2  # (time, noise) of an action: one antithetic pair
 BETA = 0.3  # in advantage per A * (mean over dimensions) of the flow's ELBO
 NUM_STEPS = 3  # midpoint steps of the sampler, two network calls each
 FLOW_SCALE = 0.02  # factor of the flow's output; larger flows learn more than the reward asks for
+TEXTBOOK_SCALE = 0.25  # of the textbook flow, which has to make the whole policy
 ROWS = 20  # rows of a run's record
 
 # beta: whether the loss has DiPOD's regularizer. per_draw: FPO++'s one ratio per draw and "aspo".
@@ -82,7 +83,7 @@ gym.register("TwoDoors-v0", entry_point=TwoDoors)
 
 
 def make_envs(env, num_envs, **kwargs):
-    """Vector environment for actions in [-1, 1]; ValueError for one that the policies cannot use."""
+    """Vector environment for actions in [-1, 1]; ValueError if the policies cannot act in it."""
     try:
         mujoco.set_mju_user_warning(lambda text: None)  # about gymnasium's own models
         same_step = {"autoreset_mode": AutoresetMode.SAME_STEP}
@@ -208,7 +209,7 @@ def update(policy, value, optimizer, batch, settings):
                 elbo, old = elbo.mean(1), old.mean(1)
             distill = None
             if beta:  # without the head, which has no gap and would only lose its std
-                distill = policy.flow_elbo(x, z_old, FlowDraws(time, noise))
+                distill = policy.latent_elbo(x, z_old, FlowDraws(time, noise))
             advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
             loss, info = dipod_loss(elbo, old, advantage, beta, CLIP, trust_region, None, distill)
             value_loss = nn.functional.mse_loss(value(x)[:, 0], target)
@@ -224,7 +225,7 @@ def self_distill(policy, value, optimizer, obs, updates):
         with torch.no_grad():
             noise = torch.randn(MINIBATCH, policy.log_std.shape[0], device=obs.device)
             z = policy.standardize(x, policy.sample(x, noise))
-        elbo = policy.flow_elbo(x, z, draw_flow(z, DRAWS))
+        elbo = policy.latent_elbo(x, z, draw_flow(z, DRAWS))
         loss, _ = dipod_loss(elbo, elbo, torch.zeros_like(elbo[:, 0]), beta=1.0)
         step_optimizer(optimizer, policy, value, loss)
 
@@ -232,7 +233,8 @@ def self_distill(policy, value, optimizer, obs, updates):
 def make_policy(settings, obs_dim, action_dim):
     """The policy that a run's settings describe."""
     flow, tight = settings["method"] != "ppo", settings["policy"] == "tight"
-    return FlowPolicy(obs_dim, action_dim, tight or not flow, flow, FLOW_SCALE, NUM_STEPS)
+    scale = FLOW_SCALE if tight else TEXTBOOK_SCALE
+    return FlowPolicy(obs_dim, action_dim, tight or not flow, flow, scale, NUM_STEPS)
 
 
 def train(settings, path, place, args):

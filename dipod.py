@@ -12,8 +12,8 @@ RL on a diffusion policy cannot evaluate log pi(a|o). It climbs a lower bound in
 
 First drift: updates on the proxy let the gap grow. Second drift: where grad gap is not 0, the proxy
 turns away from the true gradient. On policy E[grad log_prob] = 0, so E[grad elbo] = -E[grad gap]:
-maximising the ELBO of one's own samples (self-distillation) lowers the gap and, in expectation,
-does nothing else. DiPOD adds that term to every policy-gradient update.
+the ELBO of one's own samples (self-distillation) only pushes their gap down. DiPOD adds that term
+to every policy-gradient update. `two_token`, at the end, shows it all in 25 lines.
 
 B samples, N draws, T tokens of which L are maskable, V vocabulary, A action dimensions. Likelihoods
 are in nats; higher is better. A wrong shape, name or number is a ValueError that names it. Lines
@@ -57,23 +57,23 @@ def dipod_loss(
     distill_elbo=None,
     max_log_ratio=10.0,
 ):
-    """DiPOD, Algorithm 2: a trust-region surrogate of the ELBO ratio, plus the on-policy ELBO.
+    """DiPOD, Algorithm 2: a trust-region surrogate of exp(elbo - old_elbo), and the ELBO.
 
     Args:
         elbo: (B,) for one ratio per sample (FPO: the mean over draws), or (B, N) for one per draw.
         old_elbo: as `elbo`, by the policy that sampled, from the same draws. A constant.
         advantages: (B,).
-        beta: >= 0, in advantage per unit of `elbo`: on an ELBO per token the same beta is L times
+        beta: >= 0, in advantage per unit of ELBO: on an ELBO per token the same beta is L times
             weaker than on one per sequence. beta = 0 is FPO (2507.21053).
         clip, trust_region: > 0, half-width; "ppo", "spo" or "aspo", see `_surrogate`.
         weight: (B,) >= 0; a mean over samples is then sum(w*x) / sum(w).
-        distill_elbo: (B,) or (B, M), the ELBO that the regularizer maximises where it is not
-            `elbo`: of a flow without its exact Gaussian head, or of actions sampled anew.
-        max_log_ratio: a cap from above, so that exp stays finite.
+        distill_elbo: (B,) or (B, M), another ELBO for the regularizer: of the part of a policy that
+            has a gap (`FlowPolicy.latent_elbo`), or of actions sampled anew.
+        max_log_ratio: upper cap of elbo - old_elbo, so that exp stays finite.
     Returns: loss, 0-d; info, detached 0-d "policy_loss", "elbo", "ratio", "clip_fraction".
     """
     distill_elbo = elbo if distill_elbo is None else distill_elbo
-    weight = _check_loss(advantages, beta, weight, elbo=elbo, distill_elbo=distill_elbo)
+    weight = _checked_weight(advantages, beta, weight, elbo=elbo, distill_elbo=distill_elbo)
     _expect(old_elbo.shape == elbo.shape, "old_elbo", f"{elbo.shape} as elbo", old_elbo.shape)
     _expect(clip > 0, "clip", "a number > 0", clip)
     log_ratio = _select(_upcast(elbo) - old_elbo.detach(), weight)
@@ -82,7 +82,8 @@ def dipod_loss(
     clip = clip * torch.ones_like(ratio)  # torch.compile would compile anew for each number
     policy_loss = -_mean(_surrogate(ratio, advantages, clip, trust_region), weight)
     # Before the first update (ratio 1, nothing clipped) the gradient of this loss is that of
-    # -mean((A + beta) * elbo): DiPOD is an advantage shifted by beta.
+    # -mean((A + beta) * elbo): DiPOD is an advantage shifted by beta. Algorithm 1 alternates two
+    # special cases: beta = 0, and advantages of 0 on fresh samples.
     loss = policy_loss - beta * _mean(distill_elbo, weight)  # [DiPOD]
     info = {"policy_loss": policy_loss, "elbo": _mean(elbo, weight), "ratio": _mean(ratio, weight)}
     info["clip_fraction"] = _mean((ratio - 1).abs() > clip, weight)
@@ -90,7 +91,7 @@ def dipod_loss(
 
 
 def _surrogate(ratio, advantages, clip, trust_region):
-    """PPO's clip (1707.06347), SPO's penalty, and FPO++'s ASPO (2602.02481): PPO where A > 0."""
+    """PPO's clip (1707.06347), SPO's penalty; FPO++'s ASPO (2602.02481): PPO if A > 0, else SPO."""
     a = advantages if ratio.dim() == 1 else advantages[:, None]
     ppo = torch.minimum(ratio * a, ratio.clamp(1 - clip, 1 + clip) * a)
     spo = ratio * a - a.abs() / (2 * clip) * (ratio - 1).square()
@@ -99,7 +100,7 @@ def _surrogate(ratio, advantages, clip, trust_region):
     return surrogates[trust_region]
 
 
-def _check_loss(advantages, beta, weight, **elbos):
+def _checked_weight(advantages, beta, weight, **elbos):
     """What both losses check. Returns the weights of the samples (B,), 1 each by default."""
     weight = torch.ones_like(advantages) if weight is None else weight
     for name, elbo in elbos.items():
@@ -112,7 +113,7 @@ def _check_loss(advantages, beta, weight, **elbos):
 
 
 def _upcast(x):
-    """float32 or better: the ratio of two ELBOs in bfloat16 is off by a tenth."""
+    """float32 or better: in bfloat16 a ratio of 1.17 can come out as 1."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -131,10 +132,10 @@ def spg_loss(elbo, eubo, advantages, beta=0.05, mix=0.5, weight=None):
     """SPG (2510.09541) with DiPOD's regularizer: mean(-A * score) - beta * mean(elbo), no ratio.
 
     score is elbo where A > 0, else mix * eubo + (1 - mix) * elbo, mix in [0, 1]. elbo is (B,), or
-    (B, N), draws averaged; eubo and advantages are (B,); beta, weight as in `dipod_loss`.
+    (B, N), whose draws are averaged; eubo and advantages are (B,); the rest as in `dipod_loss`.
     Returns: loss, 0-d; info, detached 0-d "policy_loss", "elbo", "eubo".
     """
-    weight = _check_loss(advantages, beta, weight, elbo=elbo)
+    weight = _checked_weight(advantages, beta, weight, elbo=elbo)
     _check_shapes(advantages=(advantages, "B"), eubo=(eubo, "B"))
     _expect(0 <= mix <= 1, "mix", "a number in [0, 1]", mix)
     elbo = _select(elbo, weight).view(len(elbo), -1).mean(1)
@@ -157,8 +158,8 @@ def group_advantages(rewards, normalize=True):
     return centred / (relative.std(1, keepdim=True) + 1e-4) if normalize else centred
 
 
-# 2. Masked diffusion (LLaDA, 2502.09992). The sampler reveals one random token per step. Its ELBO
-# masks k of the L tokens, k uniform on 1..L, uniformly which, and weights log-likelihoods by L / k.
+# 2. Masked diffusion (LLaDA, 2502.09992). The sampler reveals one random masked token per step. To
+# estimate its ELBO, draw k uniformly from 1..L, mask k random tokens, and weight them by L / k.
 class MaskDraws(NamedTuple):
     """Which tokens each draw masks. Keep one for old and new ELBO; index it with the minibatch."""
 
@@ -167,10 +168,10 @@ class MaskDraws(NamedTuple):
 
 
 def draw_masks(maskable, num_draws, generator=None):
-    """MaskDraws, N = num_draws, in pairs: the first k and the last L+1-k tokens of a random order.
+    """MaskDraws, N = num_draws, in pairs, which vary less than independent draws.
 
-    maskable: (B, T) bool, every token that the sampler filled, those after an EOS too. That is
-    `start == mask_id` of what `sample_masked` was given.
+    A pair masks the first k and the last L+1-k tokens of one random order. maskable: (B, T) bool,
+    every token that the sampler filled, those after an EOS too: `start == mask_id` of its input.
     """
     _check_shapes(maskable=(maskable, "BT"))
     _expect(maskable.any(1).all(), "maskable", "a maskable token in each row", maskable)
@@ -178,11 +179,11 @@ def draw_masks(maskable, num_draws, generator=None):
     pairs = (num_draws + 1) // 2
     length = maskable.sum(1, keepdim=True)  # (B, 1), L
     u = torch.rand(len(maskable), pairs, **random)
-    index = (u * length).long().minimum((length - 1).clamp(min=0))  # k - 1
-    order = torch.rand(len(maskable), pairs, maskable.shape[1], **random)
-    order = order.masked_fill(~maskable[:, None], math.inf)
-    kth = order.sort(-1).values.gather(-1, index[..., None])  # (B, pairs, 1), the k-th token's
-    mask = torch.stack((order <= kth, order >= kth), 2).flatten(1, 2) & maskable[:, None]
+    index = (u * length).long().minimum((length - 1).clamp(min=0))  # k - 1, also where L is 0
+    key = torch.rand(len(maskable), pairs, maskable.shape[1], **random)  # sorts into random order
+    key = key.masked_fill(~maskable[:, None], math.inf)
+    kth = key.sort(-1).values.gather(-1, index[..., None])  # (B, pairs, 1), key of the k-th token
+    mask = torch.stack((key <= kth, key >= kth), 2).flatten(1, 2) & maskable[:, None]
     mask = mask[:, :num_draws]
     return MaskDraws(mask, length / mask.sum(-1).clamp(min=1))
 
@@ -221,10 +222,10 @@ def masked_bounds(model, tokens, draws, mask_id, power=1.0):
     log_p = _masked_log_prob(model, tokens, mask, mask_id)
     terms = (power * log_p + weight.log()[..., None]).masked_fill(~mask, -math.inf)
     log_mean = terms.logsumexp(1) - math.log(mask.shape[1])  # -inf where no draw masks the token
-    scored = mask.any(1)  # (B, T)
-    total = log_mean.masked_fill(~scored, 0.0).sum(1) / power
+    seen = mask.any(1)  # (B, T)
+    total = log_mean.masked_fill(~seen, 0.0).sum(1) / power
     length = (weight * mask.sum(-1)).amax(1)  # L, because weight = L / k
-    return weight * log_p.sum(-1), length * total / scored.sum(1).clamp(min=1)
+    return weight * log_p.sum(-1), length * total / seen.sum(1).clamp(min=1)
 
 
 @torch.no_grad()
@@ -232,7 +233,7 @@ def sample_masked(model, tokens, mask_id, temperature=1.0, generator=None):
     """Fills every mask_id in tokens (B, T): the policy. A step reveals one token of each row.
 
     A model that has an output for mask_id must give it logit -inf, or its ELBO is not that of this
-    sampler. temperature >= 0, where 0 is argmax; all likelihoods here are those at temperature 1.
+    sampler. temperature: 1, or the samples are off policy; 0 is argmax.
     """
     _check_shapes(tokens=(tokens, "BT"))
     _expect(temperature >= 0, "temperature", "a number >= 0", temperature)
@@ -253,9 +254,10 @@ def sample_masked(model, tokens, mask_id, temperature=1.0, generator=None):
     return tokens
 
 
-# 3. Flow policy (FPO, 2507.21053). An ODE carries noise at time 1 to the action at time 0. FPO's
-# path is "linear". On "vp", which preserves variance, the velocity of a standard normal is 0. A
-# network sees `time` in [0, 1] and returns dx/dtau: tau is time on "linear", time * pi/2 on "vp".
+# 3. Flow policy (FPO, 2507.21053). An ODE carries noise at time 1 to the action at time 0, against
+# the path x = alpha * action + sigma * noise. "linear" is FPO's: alpha = 1 - time, sigma = time. On
+# "vp", alpha = cos(tau) and sigma = sin(tau), the best velocity for standard normal actions is 0.
+# Networks see time in [0, 1] and return dx/dtau; tau is time on "linear", time * pi/2 on "vp".
 
 _TAU = {"linear": 1.0, "vp": math.pi / 2}  # tau at time 1
 _NORMAL = torch.distributions.Normal(0.0, 1.0, validate_args=False)
@@ -281,7 +283,7 @@ def draw_flow(action, num_draws, generator=None):
 
 
 def _path(time, path):
-    """alpha and sigma of x = alpha * action + sigma * noise, and their derivatives by tau."""
+    """alpha, sigma and their derivatives by tau."""
     _expect(path in _TAU, "path", f"one of {[*_TAU]}", path)
     if path == "linear":
         return 1 - time, time, -torch.ones_like(time), torch.ones_like(time)
@@ -332,9 +334,10 @@ def flow_sample(velocity, noise, num_steps, method="midpoint", path="linear"):
     """
     _check_shapes(noise=(noise, "BA"))
     step = _solver(velocity, num_steps, method, path)
+    x = noise
     for i in range(num_steps):
-        noise = step(noise, 1 - i / num_steps)
-    return noise
+        x = step(x, 1 - i / num_steps)
+    return x
 
 
 def mlp(inputs, outputs, last_gain):
@@ -354,12 +357,12 @@ class FlowPolicy(nn.Module):
         starts as a standard normal, the policy as PPO's Gaussian, the gap as 0.
     not tight, FPO's textbook flow: mean 0, std 1, path "linear", and a large gap at the start.
     flow=False: z is the noise. PPO's Gaussian policy, whose ELBO is its log-likelihood.
+    scale: factor of the velocity; the smaller, the more slowly z leaves the normal distribution.
     """
 
     def __init__(self, obs_dim, action_dim, tight=True, flow=True, scale=0.02, num_steps=5):
         super().__init__()
-        self.flow = flow
-        self.scale = (scale if tight else 0.25) if flow else 0.0
+        self.flow, self.scale = flow, scale if flow else 0.0
         self.solver = {"num_steps": num_steps, "path": "vp" if tight else "linear"}
         self.mean = mlp(obs_dim, action_dim, 0.01) if tight else None
         self.log_std = nn.Parameter(torch.zeros(action_dim), requires_grad=tight)
@@ -376,11 +379,11 @@ class FlowPolicy(nn.Module):
         context = self.obs_layer(obs)
 
         def field(x, time):
-            tau = time * (math.pi / 2)
-            hidden = self.flow_layer(torch.cat((tau.cos(), tau.sin(), x), -1))
+            angle = time * (math.pi / 2)
+            hidden = self.flow_layer(torch.cat((angle.cos(), angle.sin(), x), -1))
             v = self.net(hidden + (context if x.dim() == 2 else context[:, None]))
             # On "vp" E[target | x] is 0 at time 0, and the bound diverges if the field is not.
-            return v * (self.scale * tau.sin() if self.solver["path"] == "vp" else self.scale)
+            return v * (self.scale * angle.sin() if self.solver["path"] == "vp" else self.scale)
 
         return field
 
@@ -395,18 +398,19 @@ class FlowPolicy(nn.Module):
         _check_shapes(log_std=(self.log_std, "A"), obs=(obs, "BO"), action=(action, "BA"))
         return action if self.mean is None else (action - self.mean(obs)) / self.log_std.exp()
 
-    def flow_elbo(self, obs, z, draws):
-        """ELBO (B, N) of z, the flow's part: A * (mean over dimensions), or the Gaussian's nats."""
+    def latent_elbo(self, obs, z, draws):
+        """(B, N), of the flow's part z alone: A * `flow_elbo`, or the Gaussian's log-likelihood."""
         if not self.flow:
             return _NORMAL.log_prob(z).sum(-1, keepdim=True)
         return z.shape[1] * flow_elbo(self.velocity(obs), z, draws, self.solver["path"])
 
     def elbo(self, obs, action, draws):
-        """ELBO (B, N) of actions (B, A); the head is an exact change of variables."""
-        return self.flow_elbo(obs, self.standardize(obs, action), draws) - self.log_std.sum()
+        """(B, N), of actions (B, A). On "vp" a velocity of 0 makes it a Gaussian's log-likelihood,
+        up to a constant and in the mean over draws; so it adds to the head's exact log std."""
+        return self.latent_elbo(obs, self.standardize(obs, action), draws) - self.log_std.sum()
 
     def log_prob(self, obs, noise):
-        """Exact log-likelihood (B,) of `sample(obs, noise)` in nats; its gradient is the score."""
+        """Exact (B,) nats of `sample(obs, noise)`; the gradient is that at the fixed action."""
         z = self.standardize(obs, self.sample(obs, noise))
         _, log_prob = flow_log_prob(self.velocity(obs), noise, **self.solver, action=z)
         return log_prob - self.log_std.sum()
@@ -445,18 +449,18 @@ def exact_likelihood(model, tokens, maskable, mask_id):
         terms = [log_f[subset - 2**i] + log_p[:, i, subset - 2**i] for i in members]
         log_f.append(torch.stack(terms).logsumexp(0) - math.log(length - len(members) + 1))
     sizes = hidden.sum(1).tolist()
-    share = [1 / (math.comb(length, size) * size) for size in sizes]  # of one S and one i in it
+    share = [1 / (math.comb(length, size) * size) for size in sizes]  # in the two means
     return log_f[-1], log_p.sum(1) @ log_p.new_tensor(share)
 
 
 def flow_log_prob(velocity, noise, num_steps, method="midpoint", path="linear", action=None):
     """action (B, A) of `flow_sample`, detached, and the discrete sampler's exact log_prob (B,).
 
-    log_prob = log N(noise) - sum over steps of log|det Jacobian|. Its gradient is the score, at a
-    fixed action: the noise that leads there moves with the parameters, so each step is inverted at
-    its stored point, by a Newton step that changes no value and has the inverse's gradient. `action`
-    replaces the stored one if it has a graph of its own, as (a - mean) / std. Rows are independent.
-    Where the map folds, more noise leads to the action than is counted.
+    log_prob = log N(noise) - sum over steps of log|det Jacobian|. Its gradient is that at the fixed
+    action: the noise that leads there moves with the parameters. So each step is inverted, by one
+    Newton step from its stored start, which changes no value and has the inverse's gradient. Pass
+    z = (a - mean) / std as `action` to differentiate mean and std too. Rows are independent. If the
+    map from noise to action is not one to one, this is a lower bound.
     """
     _check_shapes(noise=(noise, "BA"), action=(noise if action is None else action, "BA"))
     step = _solver(velocity, num_steps, method, path)
@@ -496,7 +500,7 @@ def flow_bound(velocity, action, draws, path="linear", min_time=0.0):
     v = velocity(x.to(action.dtype), time.to(action.dtype))
     _check_shapes(noise=(draws.noise, "BNA"), velocity=(v, "BNA"))
     excess = (v - u).square().sum(-1) - (v0 - u).square().sum(-1)
-    weight = (alpha / sigma.clamp(min=1e-30))[..., 0]  # at sigma = 0 the excess is 0 too
+    weight = (alpha / sigma.clamp(min=1e-30))[..., 0]  # where sigma = 0, v = v0
     integral = (1 - min_time) * _TAU[path] * weight * excess
     return _NORMAL.log_prob(_upcast(action)).sum(-1)[:, None] - integral
 
@@ -516,9 +520,9 @@ def alignment(proxy, true, parameters):
 def two_token(beta=0.2, steps=1500, lr=0.1, rewards=(0.8, 1.0, 0.7, 1.0)):
     """Two tokens over {A, B}, six logits that start at 0, and rewards of AA, AB, BA, BB.
 
-    Gradient ascent on E_pi[(A + beta) grad elbo], A = r - E_pi[r], every expectation exact. Returns
-    (steps+1,) float64, before each update and after the last, of "gap_AA", and under pi the mean
-    "gap", the "alignment" and the mean "reward".
+    Gradient ascent along E_pi[(A + beta) grad elbo] with A = r - E_pi[r], expectations exact.
+    Returns (steps+1,) float64, before each update and after the last, of "gap_AA", and under pi the
+    mean "gap", the "alignment" and the mean "reward".
     """
     theta = torch.zeros(2, 3, dtype=torch.float64, requires_grad=True)
 
@@ -528,10 +532,11 @@ def two_token(beta=0.2, steps=1500, lr=0.1, rewards=(0.8, 1.0, 0.7, 1.0)):
         return torch.stack((logit_a, torch.zeros_like(logit_a)), -1)
 
     sequences = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]])
+    maskable = torch.ones_like(sequences, dtype=torch.bool)
     reward = torch.tensor(rewards, dtype=torch.float64)
     rows = []
     for _ in range(steps + 1):
-        log_prob, elbo = exact_likelihood(model, sequences, sequences >= 0, mask_id=2)
+        log_prob, elbo = exact_likelihood(model, sequences, maskable, mask_id=2)
         pi = log_prob.detach().exp()
         gap = (log_prob - elbo).detach()
         advantage = reward - pi @ reward
@@ -668,7 +673,7 @@ class Run:
 
 
 def run_all(train, records, args, score):
-    """Calls train(settings, path, place, args) for all runs in parallel; {path: error} of failures."""
+    """Calls train(settings, path, place, args) for all runs in parallel; {path: error} if any."""
     print(f"{'method':<10} seed      step {score:>9}  gap/nats alignment   steps/s time left")
     errors = {}
     spawn = multiprocessing.get_context("spawn")
@@ -700,7 +705,7 @@ def start_worker():
 
 
 def finish(records, errors):
-    """Table and figure of all runs in --out; one that stopped is named, not averaged. Exit status."""
+    """Table and figure of all runs in --out; stopped ones are named, not averaged. Exit status."""
     first, settings = next(iter(records.items()))
     runs = {path: {"settings": records[path], "rows": []} for path in errors}
     for path in sorted(first.parent.glob("*.pt")):
@@ -726,7 +731,7 @@ def finish(records, errors):
 
 
 def summary(rows):
-    """(4,): the score over the last tenth of the steps and over all, gap and alignment at the end."""
+    """(4,): score over the last tenth of the steps and over all, gap and alignment at the end."""
     table = torch.tensor([list(row.values())[2:6] for row in rows], dtype=torch.float64)
     end = table[table[:, 0] > 0.9 * table[-1, 0]].nanmean(0)
     return torch.stack((end[1], table[:, 1].nanmean(), end[2], end[3]))

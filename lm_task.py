@@ -1,4 +1,4 @@
-"""A tiny masked-diffusion language model, pretrained and post-trained, with the drift measured exactly.
+"""A tiny masked-diffusion language model, post-trained with the drift measured exactly.
 
     python lm_task.py                          # pretrain, then fpo, dipod, positives from the base
     python lm_task.py --seeds 5                # seed s starts from base model s mod 3
@@ -55,7 +55,7 @@ METHODS = {
 
 
 def rewards(tokens):
-    """1 where prompt and completion (B, T) read `target:digit sign digit ...` truly, else 0; (B,)."""
+    """(B,): 1 where prompt and completion (B, T) state a true sum in the right form, else 0."""
     target = 10 * tokens[:, 0] + tokens[:, 1]
     digits, signs = tokens[:, PROMPT::2], tokens[:, PROMPT + 1 :: 2]
     well_formed = (digits < 10).all(1) & ((signs == PLUS) | (signs == MINUS)).all(1)
@@ -84,7 +84,7 @@ HELD_OUT = TARGETS % 4 == 2  # RL never sees every fourth
 
 
 class Model(nn.Module):
-    """Bidirectional pre-LN transformer, tokens (M, T) -> logits (M, T, V), about 0.1 M parameters."""
+    """Bidirectional pre-LN transformer of 0.1 M parameters, tokens (M, T) -> logits (M, T, V)."""
 
     def __init__(self, dim=64):
         super().__init__()
