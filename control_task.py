@@ -30,21 +30,22 @@ from dipod import FlowDraws, FlowPolicy, alignment, dipod_loss, draw_flow, mlp
 NUM_ENVS = 16
 ROLLOUT = 128  # steps of each environment between two rounds of updates
 EPOCHS = 5
-MINIBATCH = 256  # 2,048 samples, five epochs: 40 updates on a rollout
-LEARNING_RATE = 2e-3  # decays linearly to 0
+MINIBATCH = 512  # of 2,048 samples, in five epochs: 20 updates on a rollout
+LEARNING_RATE = 4e-3  # decays linearly to 0
 CLIP = 0.2
 GAMMA = 0.99
 LAMBDA = 0.95
 MAX_GRAD_NORM = 0.5
 DRAWS = 2  # (time, noise) of an action: one antithetic pair
 BETA = 0.3  # in advantage per A * (mean over dimensions) of the flow's ELBO
-NUM_STEPS = 3  # midpoint steps of the sampler, two network calls each
-FLOW_SCALE = 0.02  # factor of the flow's output; larger flows learn more than the reward asks for
-TEXTBOOK_SCALE = 0.25  # of the textbook flow, which has to make the whole policy
+# Midpoint steps of the sampler, two network calls each, and the factor of the flow's output. A tight
+# flow is so gentle that three steps do; a large scale learns what the reward does not ask for.
+TIGHT = {"num_steps": 3, "scale": 0.02}
+TEXTBOOK = {"num_steps": 5, "scale": 0.25}
 ROWS = 20  # rows of a run's record
 
 # beta: whether the loss has DiPOD's regularizer. per_draw: FPO++'s one ratio per draw and "aspo".
-# before, after: self-distillation before training, and after each rollout (Algorithm 1).
+# distill: self-distillation before training, or after each rollout, which is Algorithm 1.
 METHODS = {
     "ppo": {"beta": False, "per_draw": False, "distill": None},
     "fpo": {"beta": False, "per_draw": False, "distill": None},
@@ -233,8 +234,8 @@ def self_distill(policy, value, optimizer, obs, updates):
 def make_policy(settings, obs_dim, action_dim):
     """The policy that a run's settings describe."""
     flow, tight = settings["method"] != "ppo", settings["policy"] == "tight"
-    scale = FLOW_SCALE if tight else TEXTBOOK_SCALE
-    return FlowPolicy(obs_dim, action_dim, tight or not flow, flow, scale, NUM_STEPS)
+    shape = TIGHT if tight else TEXTBOOK
+    return FlowPolicy(obs_dim, action_dim, tight or not flow, flow, **shape)
 
 
 def train(settings, path, place, args):

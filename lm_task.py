@@ -37,6 +37,10 @@ SAMPLES = 8  # G, completions of each prompt
 DRAWS = 4  # masks of a completion, kept for old, new and all inner updates
 CLIP = 0.2
 BETA = 0.3  # in advantage per nat of a sequence's ELBO
+TARGETS = torch.arange(28)  # what three digits and two signs can reach from 0 on
+HELD_OUT = TARGETS % 4 == 2  # RL never sees every fourth
+RANK = int(os.environ.get("RANK", "0"))  # torchrun's
+WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 ROWS = 10  # rows of a run's record; the exact likelihoods of one cost as much as several iterations
 
 # likelihood: what stands in the ratio. beta: whether the loss has DiPOD's regularizer. positives:
@@ -59,8 +63,13 @@ def rewards(tokens):
     target = 10 * tokens[:, 0] + tokens[:, 1]
     digits, signs = tokens[:, PROMPT::2], tokens[:, PROMPT + 1 :: 2]
     well_formed = (digits < 10).all(1) & ((signs == PLUS) | (signs == MINUS)).all(1)
-    total = digits[:, 0] + (torch.where(signs == PLUS, 1, -1) * digits[:, 1:]).sum(1)
-    return (well_formed & (total == target)).float()
+    return (well_formed & (values(tokens[:, PROMPT:]) == target)).float()
+
+
+def values(completion):
+    """(M,): what the expressions (M, L) come to."""
+    sign = torch.where(completion[:, 1::2] == PLUS, 1, -1)
+    return completion[:, 0] + (sign * completion[:, 2::2]).sum(1)
 
 
 def start_tokens(targets):
@@ -77,12 +86,6 @@ def text(tokens):
     return "".join((CHARS + "_")[token] for token in tokens.tolist())
 
 
-RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-
-TARGETS = torch.arange(28)  # what three digits and two signs can reach from 0 on
-HELD_OUT = TARGETS % 4 == 2  # RL never sees every fourth
-
-
 class Model(nn.Module):
     """Bidirectional pre-LN transformer of 0.1 M parameters, tokens (M, T) -> logits (M, T, V)."""
 
@@ -90,12 +93,9 @@ class Model(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(len(CHARS) + 1, dim)
         self.position = nn.Parameter(torch.randn(PROMPT + LENGTH, dim))
-        layer = nn.TransformerEncoderLayer(
-            dim, 4, 2 * dim, dropout=0.0, batch_first=True, norm_first=True
-        )
-        self.encoder = nn.TransformerEncoder(
-            layer, 2, nn.LayerNorm(dim), enable_nested_tensor=False
-        )
+        options = {"dropout": 0.0, "batch_first": True, "norm_first": True}
+        layer = nn.TransformerEncoderLayer(dim, 4, 2 * dim, **options)
+        self.encoder = nn.TransformerEncoder(layer, 2, nn.LayerNorm(dim), False)
         self.head = nn.Linear(dim, len(CHARS))
 
     def forward(self, tokens):
@@ -114,15 +114,13 @@ def pretrain(settings, path, place, args):
     run = dipod.Run(path, settings, parts, place, resume=True)
     signs = (PLUS, MINUS)
     completions = torch.tensor(list(product(range(10), signs, range(10), signs, range(10))))
-    sign = torch.where(completions[:, 1::2] == PLUS, 1, -1)
-    values = completions[:, 0] + (sign * completions[:, 2::2]).sum(1)
-    completions, values = completions[values >= 0], values[values >= 0]
+    completions = completions[values(completions) >= 0]
     for step in range(run.iteration + 1, steps + 1):
-        chosen = torch.randint(len(values), (256,))
+        chosen = completions[torch.randint(len(completions), (256,))]
         lies = torch.randint(len(TARGETS), (256,))
-        tokens = start_tokens(torch.where(torch.rand(256) < TRUTH, values[chosen], lies))
+        tokens = start_tokens(torch.where(torch.rand(256) < TRUTH, values(chosen), lies))
         maskable = tokens == MASK
-        tokens[:, PROMPT:] = completions[chosen]
+        tokens[:, PROMPT:] = chosen
         draws = dipod.draw_masks(maskable.to(args.device), 1)
         loss = -dipod.masked_elbo(model, tokens.to(args.device), draws, MASK).mean()
         optimizer.zero_grad()
@@ -241,7 +239,7 @@ def settings_of(method, seed, args):
     """All that a run depends on; a record goes on under the same settings only."""
     settings = {"task": "lm", "method": method, "seed": seed, "steps": args.steps, "lr": args.lr}
     settings |= {"inner": args.inner, "prompts": args.prompts, "decay": args.decay, "base": None}
-    settings |= METHODS[method]
+    settings |= METHODS[method] | {"processes": WORLD}
     if settings["beta"]:
         settings["beta"] = args.beta
     if args.base:  # a checksum, because another file can have the same name
@@ -264,7 +262,9 @@ def pretrain_bases(out, args):
 
 def train_together(records, args):
     """torchrun: all processes take part in each run, one run after the other."""
-    dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
+    if args.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
     shared = [records, args.base]
     dist.broadcast_object_list(shared)
     records, args.base = shared
@@ -290,13 +290,7 @@ def main():
     add("--inner", type=number(int, 1), default=8, help="updates on a rollout")
     add("--prompts", type=number(int, 1), default=8, help="prompts of a rollout, 8 samples each")
     add("--decay", action="store_true", help="the learning rate decays linearly to 0")
-    add(
-        "--base",
-        nargs="+",
-        type=Path,
-        metavar="FILE",
-        help="base models (default: pretrained into --out)",
-    )
+    add("--base", nargs="+", type=Path, metavar="FILE", help="base models; default: pretrained")
     args = parser.parse_args()
     try:
         for path in args.base or ():
