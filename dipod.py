@@ -669,7 +669,7 @@ class Run:
         left = int((max(steps - step, 0) + steps * ((runs - number) // jobs)) / speed)
         line = f"{method:<10} {seed:>4} {step:>9} {score:>9.4g} {gap:>9.3g} {cosine:>9.3f}"
         line += f" {speed:>9.0f} {left // 60:>6}:{left % 60:02}  run {number} of {runs}"
-        print(line, flush=True)
+        print(line.replace("nan", "  -"), flush=True)
 
 
 def run_all(train, records, args, score):
@@ -717,11 +717,14 @@ def finish(records, errors):
             print(f"{path.stem}: step {step} of {steps}, stopped: {errors.get(path, 'unfinished')}")
         else:
             summaries.setdefault(run["settings"]["method"], []).append(summary(run["rows"]))
-    print(f"\n{'method':<10} seeds  {'final':<24}{'mean of the run':<24}{'gap':<24}alignment")
+    print(f"\n{'method':<10} seeds  {'final':<26}  {'mean of the run':<26}  {'gap':<26}  alignment")
     for method, values in summaries.items():
         columns = torch.stack(values).T.tolist()
-        cells = [f"{sum(c) / len(c):.4g} [{min(c):.3g}..{max(c):.3g}]" for c in columns]
-        print(f"{method:<10} {len(values):>5}  " + "".join(f"{cell:<24}" for cell in cells))
+        cells = []
+        for column in columns:
+            spread = f" [{min(column):.3g}..{max(column):.3g}]" if len(column) > 1 else ""
+            cells.append(f"{sum(column) / len(column):.4g}{spread}".replace("nan", "-"))
+        print(f"{method:<10} {len(values):>5}  " + "  ".join(f"{cell:<26}" for cell in cells))
     try:
         draw(runs.values(), first.parent / "figure.png")
     except Exception as error:  # noqa: BLE001 - no matplotlib, or an MPLBACKEND unknown to it

@@ -865,7 +865,7 @@ def test_an_exception_in_one_run_is_one_line_and_the_others_go_on(tmp_path, capf
     out, err = capfd.readouterr()
     assert err == "fpo_0 stopped: MemoryError: no room\n"
     assert "fpo_0: step 0 of 3, stopped: MemoryError: no room" in out
-    assert "fpo            1  1 [1..1]" in out
+    assert "fpo            1  1  " in out
     assert "no figure: no module named matplotlib" in out
 
 
