@@ -628,6 +628,7 @@ def prepare(args, settings_of):
             raise ValueError(f"{path} exists: --resume goes on from it, --overwrite replaces it")
     out.mkdir(parents=True, exist_ok=True)
     (out / "writable.partial").touch()
+    (out / "writable.partial").unlink()
     return records
 
 
@@ -675,25 +676,30 @@ class Run:
 def run_all(train, records, args, score):
     """Calls train(settings, path, place, args) for all runs in parallel; {path: error} if any."""
     print(f"{'method':<10} seed      step {score:>9}  gap/nats alignment   steps/s time left")
-    errors = {}
+    errors, futures = {}, {}
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(args.jobs, len(records)), spawn, start_worker) as pool:
-        futures = {}
-        for number, (path, settings) in enumerate(records.items(), 1):
-            place = (number, len(records), args.jobs)
-            futures[pool.submit(train, settings, path, place, args)] = path
-        try:
-            for future in as_completed(futures):
-                if error := future.exception():
-                    path = futures[future]
-                    errors[path] = f"{type(error).__name__}: {error}".splitlines()[0]
-                    print(f"{path.stem} stopped: {errors[path]}", file=sys.stderr)
-        except KeyboardInterrupt:
-            for worker in multiprocessing.active_children():
-                worker.kill()
-            print("interrupted: the same command with --resume goes on", file=sys.stderr)
-            os._exit(130)
+    pool = ProcessPoolExecutor(min(args.jobs, len(records)), spawn, start_worker)
+    for number, (path, settings) in enumerate(records.items(), 1):
+        place = (number, len(records), args.jobs)
+        futures[pool.submit(train, settings, path, place, args)] = path
+    for future in as_completed(futures):
+        if error := future.exception():
+            path = futures[future]
+            errors[path] = f"{type(error).__name__}: {error}".splitlines()[0]
+            print(f"{path.stem} stopped: {errors[path]}", file=sys.stderr)
+    pool.shutdown()
     return errors
+
+
+def command(main):
+    """Runs a task's main. Ctrl-C is one line, and no process stays behind."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        print("interrupted: the same command with --resume goes on", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def start_worker():
