@@ -316,10 +316,10 @@ def _solver(velocity, num_steps, method, path):
     dtau = _TAU[path] / num_steps
 
     def step(x, time):
-        v = velocity(x, torch.full_like(x[:, :1], time))
+        v = velocity(x, x.new_full((len(x), 1), time))
         if method == "midpoint":
             middle = x.sub(v, alpha=dtau / 2)
-            v = velocity(middle, torch.full_like(x[:, :1], time - 0.5 / num_steps))
+            v = velocity(middle, x.new_full((len(x), 1), time - 0.5 / num_steps))
         _check_shapes(noise=(x, "BA"), velocity=(v, "BA"))
         return x.sub(v, alpha=dtau)
 
@@ -380,10 +380,11 @@ class FlowPolicy(nn.Module):
 
         def field(x, time):
             angle = time * (math.pi / 2)
-            hidden = self.flow_layer(torch.cat((angle.cos(), angle.sin(), x), -1))
+            sin = angle.sin()
+            hidden = self.flow_layer(torch.cat((angle.cos(), sin, x), -1))
             v = self.net(hidden + (context if x.dim() == 2 else context[:, None]))
             # On "vp" E[target | x] is 0 at time 0, and the bound diverges if the field is not.
-            return v * (self.scale * angle.sin() if self.solver["path"] == "vp" else self.scale)
+            return v * (self.scale * sin if self.solver["path"] == "vp" else self.scale)
 
         return field
 
