@@ -538,7 +538,7 @@ def test_wrong_call(argument, call):
 
 def control_args(**changes):
     args = {"device": "cpu", "resume": False, "env": "Reacher-v5", "policy": "tight"}
-    args |= {"steps": 4096, "lr": 2e-3, "beta": 0.3, "distill": 1}
+    args |= {"steps": 4096, "lr": control_task.LEARNING_RATE, "beta": 0.3, "distill": 1}
     return Namespace(**args | changes)
 
 
