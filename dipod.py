@@ -618,14 +618,12 @@ def prepare(args, settings_of):
     out = Path(args.out or next(name for name in names if not Path(name).exists()))
     records = {out / f"{run['method']}_{run['seed']}.pt": run for run in runs}
     _expect(len(records) == len(runs), "--methods", "each method once", args.methods)
-    for path, settings in records.items():
-        if path.exists() and args.resume:
-            old = load(path, settings["task"])["settings"]
-            changed = [
-                f"{name} {settings[name]}" for name in old if settings.get(name) != old[name]
-            ]
+    for path in out.glob("*.pt"):
+        old, new = load(path, runs[0]["task"])["settings"], records.get(path)
+        if new and args.resume:
+            changed = [f"{name} {new.get(name)}" for name in old if new.get(name) != old[name]]
             _expect(not changed, "--resume", f"the settings of {path}", ", ".join(changed))
-        elif path.exists() and not args.overwrite:
+        elif new and not args.overwrite:
             raise ValueError(f"{path} exists: --resume goes on from it, --overwrite replaces it")
     out.mkdir(parents=True, exist_ok=True)
     (out / "writable.partial").touch()

@@ -895,7 +895,7 @@ WRONG_COMMANDS = [
     ("control", "--out README.md/x", "README.md"),
     ("control", "--out CONTROL --methods dipod", "--resume goes on"),
     ("control", "--out CONTROL --methods dipod --resume --steps 8192", "steps 8192"),
-    ("control", "--out LM --methods dipod --resume", "expected a checkpoint of control_task.py"),
+    ("control", "--out LM --methods ppo", "expected a checkpoint of control_task.py"),
     ("lm", "--base CONTROL/dipod_0.pt", "expected a checkpoint of lm_task.py"),
     ("lm", "--base LM/dipod_0.pt --out LM --methods dipod --overwrite", "--base"),
     ("lm", "--base LM/fpo_0.pt --out LM --methods dipod --resume", "base"),
