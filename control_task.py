@@ -11,6 +11,7 @@ rollout, E environments, B = S * E samples, N draws, A action dimensions, O obse
 """
 
 import math
+import warnings
 
 import gymnasium as gym
 import mujoco
@@ -30,7 +31,7 @@ from dipod import FlowDraws, FlowPolicy, alignment, dipod_loss, draw_flow, mlp
 NUM_ENVS = 16
 ROLLOUT = 128  # steps of each environment between two rounds of updates
 EPOCHS = 5
-MINIBATCH = 512  # of 2,048 samples, in five epochs: 20 updates on a rollout
+MINIBATCH = 256  # of 2,048 samples, in five epochs: 40 updates on a rollout
 LEARNING_RATE = 4e-3  # decays linearly to 0
 CLIP = 0.2
 GAMMA = 0.99
@@ -316,6 +317,7 @@ def evaluate(paths, gif):
     if gif:
         import imageio  # comes with gymnasium[mujoco]
 
+        warnings.simplefilter("ignore")  # glfw's: the error below says what is missing
         try:
             _, frames = play(paths[0], 1, render_mode="rgb_array")
         except Exception as error:  # noqa: BLE001 - it depends on what a screen lacks
