@@ -39,8 +39,8 @@ LAMBDA = 0.95
 MAX_GRAD_NORM = 0.5
 DRAWS = 2  # (time, noise) of an action: one antithetic pair
 BETA = 0.3  # in advantage per A * (mean over dimensions) of the flow's ELBO
-# Midpoint steps of the sampler, two network calls each, and the factor of the flow's output. A tight
-# flow is so gentle that two steps do; a large scale learns what the reward does not ask for.
+# Midpoint steps of the sampler, two network calls each, and the factor of the flow's output. A
+# tight flow is so gentle that two steps do; a large scale learns what no reward asks for.
 TIGHT = {"num_steps": 2, "scale": 0.02}
 TEXTBOOK = {"num_steps": 5, "scale": 0.25}
 ROWS = 20  # rows of a run's record

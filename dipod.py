@@ -635,8 +635,10 @@ class Run:
     """A run's record: METHOD_SEED.pt, all that it goes on from, and METHOD_SEED.csv, its rows."""
 
     def __init__(self, path, settings, parts, place, resume):
-        self.path, self.settings, self.parts, self.place = path, settings, parts, place
-        self.rows, self.iteration, self.started = [], 0, time.monotonic()
+        self.path, self.settings = path, settings
+        self.parts, self.place = parts, place  # modules and optimisers; this run's number of how many
+        self.rows, self.iteration = [], 0
+        self.started = time.monotonic()
         if resume and path.exists():
             state = load(path, settings["task"])
             self.rows, self.iteration = state["rows"], state["iteration"]
