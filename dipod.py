@@ -636,7 +636,7 @@ class Run:
 
     def __init__(self, path, settings, parts, place, resume):
         self.path, self.settings = path, settings
-        self.parts, self.place = parts, place  # modules and optimisers; this run's number of how many
+        self.parts, self.place = parts, place  # place: number of this run, of all runs, --jobs
         self.rows, self.iteration = [], 0
         self.started = time.monotonic()
         if resume and path.exists():
