@@ -401,6 +401,7 @@ class FlowPolicy(nn.Module):
 
     def latent_elbo(self, obs, z, draws):
         """(B, N), of the flow's part z alone: A * `flow_elbo`, or the Gaussian's log-likelihood."""
+        _check_shapes(log_std=(self.log_std, "A"), obs=(obs, "BO"), z=(z, "BA"))
         if not self.flow:
             return _NORMAL.log_prob(z).sum(-1, keepdim=True)
         return z.shape[1] * flow_elbo(self.velocity(obs), z, draws, self.solver["path"])

@@ -525,6 +525,8 @@ MODEL = torch.nn.Embedding(4, 3)
         ("noise", lambda: dipod.flow_sample(torch.mul, B, 2)),
         ("method", lambda: dipod.flow_sample(torch.mul, BA, 2, method="heun")),
         ("num_steps", lambda: dipod.flow_sample(torch.mul, BA, 0)),
+        ("action", lambda: FlowPolicy(5, 2).elbo(B[:, None].expand(3, 5), B[:, None], FLOWS)),
+        ("z", lambda: FlowPolicy(5, 2).latent_elbo(torch.ones(1, 5), BA, FLOWS)),
         ("action", lambda: dipod.flow_log_prob(torch.mul, BA, 2, action=BA[:1])),
     ],
 )
