@@ -65,7 +65,8 @@ def dipod_loss(
         advantages: (B,).
         beta: >= 0, in advantage per unit of ELBO: on an ELBO per token the same beta is L times
             weaker than on one per sequence. beta = 0 is FPO (2507.21053).
-        clip, trust_region: > 0, half-width; "ppo", "spo" or "aspo", see `_surrogate`.
+        clip: > 0, half-width of the trust region of the ratio.
+        trust_region: "ppo", "spo" or "aspo", see `_surrogate`.
         weight: (B,) >= 0; a mean over samples is then sum(w*x) / sum(w).
         distill_elbo: (B,) or (B, M), another ELBO for the regularizer: of the part of a policy that
             has a gap (`FlowPolicy.latent_elbo`), or of actions sampled anew.
@@ -79,14 +80,14 @@ def dipod_loss(
     log_ratio = _select(_upcast(elbo) - old_elbo.detach(), weight)
     excess = (log_ratio - max_log_ratio).clamp(min=0)
     ratio = (log_ratio - excess.detach()).exp()  # the detached cap leaves the gradient as it is
-    clip = clip * torch.ones_like(ratio)  # torch.compile would compile anew for each number
-    policy_loss = -_mean(_surrogate(ratio, advantages, clip, trust_region), weight)
+    width = clip * torch.ones_like(ratio)  # torch.compile would compile anew for each number
+    policy_loss = -_mean(_surrogate(ratio, advantages, width, trust_region), weight)
     # Before the first update (ratio 1, nothing clipped) the gradient of this loss is that of
     # -mean((A + beta) * elbo): DiPOD is an advantage shifted by beta. Algorithm 1 alternates two
     # special cases: beta = 0, and advantages of 0 on fresh samples.
     loss = policy_loss - beta * _mean(distill_elbo, weight)  # [DiPOD]
     info = {"policy_loss": policy_loss, "elbo": _mean(elbo, weight), "ratio": _mean(ratio, weight)}
-    info["clip_fraction"] = _mean((ratio - 1).abs() > clip, weight)
+    info["clip_fraction"] = _mean((ratio - 1).abs() > width, weight)
     return loss, {name: value.detach() for name, value in info.items()}
 
 

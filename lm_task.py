@@ -193,9 +193,8 @@ def train(settings, path, place, args):
         beta = settings["beta"]
         if settings["method"] == "positives":
             advantages = advantages.clamp(min=0)
-        if (
-            settings["method"] == "interleave" and step % 2 == 0
-        ):  # self-distillation: the regularizer alone
+        if settings["method"] == "interleave" and step % 2 == 0:
+            # Self-distillation: the regularizer alone.
             advantages, beta = torch.zeros_like(advantages), 1.0
         batch = (tokens, maskable, dipod.draw_masks(maskable, DRAWS))
         with torch.no_grad():

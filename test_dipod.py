@@ -400,6 +400,18 @@ def test_flow_sample_against_a_loop_and_flow_log_prob_is_exact_with_the_score(me
     same(log_prob, exact_log_prob(sample, noise.detach()), weights)
 
 
+@pytest.mark.parametrize("std", [1.0, 0.5, 0.1])
+def test_midpoint_keeps_the_spread_that_euler_loses_at_equal_cost(std):
+    def velocity(x, t):  # the exact field of actions that are normal with this std
+        return (t - (1 - t) * std**2) / (t**2 + (1 - t) ** 2 * std**2) * x
+
+    noise = torch.ones(1, 1).double()  # the map is linear: one unit of noise becomes the std
+    midpoint = dipod.flow_sample(velocity, noise, 5, "midpoint").item() / std
+    euler = dipod.flow_sample(velocity, noise, 10, "euler").item() / std
+    assert abs(midpoint - 1) < 0.13
+    assert euler < midpoint - 0.1
+
+
 @pytest.mark.parametrize("form", [{"tight": True}, {"tight": False}, {"flow": False}])
 def test_policy_has_the_sampler_s_density_and_a_bound_below_it(form):
     policy = make_policy(**form)
