@@ -53,7 +53,7 @@ METHODS = {
     "dipod": {"beta": True, "per_draw": False, "distill": None},
     "fpo++": {"beta": False, "per_draw": True, "distill": None},
     "dipod++": {"beta": True, "per_draw": True, "distill": None},
-    "distill": {"beta": False, "per_draw": True, "distill": "before", "updates": 200},
+    "distill": {"beta": False, "per_draw": True, "distill": "before", "updates": 1000},
     "interleave": {"beta": False, "per_draw": False, "distill": "after", "updates": 8},
 }
 
@@ -65,9 +65,8 @@ class TwoDoors(gym.Env):
     try 15 of 16: the best policy has two modes, and a Gaussian has one.
     """
 
-    def __init__(self):
-        self.observation_space = gym.spaces.Box(-1, 1, (1,), np.float32)
-        self.action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+    observation_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+    action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -133,7 +132,10 @@ def gae(rewards, values, next_values, terminated, done):
 
 @torch.no_grad()
 def rollout(policy, value, norm, envs, obs):
-    """ROLLOUT steps: a batch of (B, ...) tensors, the last observation, the finished returns."""
+    """ROLLOUT steps: samples, the last observation, and the returns of finished episodes.
+
+    Samples are (obs, noise, action, advantages, returns), each (B, ...).
+    """
     device = policy.log_std.device
     action_dim = envs.single_action_space.shape[0]
     steps, returns = [], []
@@ -155,19 +157,16 @@ def rollout(policy, value, norm, envs, obs):
     values = value(x)[..., 0]
     next_values = value(norm(last.float().flatten(0, 1)).view_as(raw))[..., 0]
     advantages = gae(reward.float(), values, next_values, terminated, done)
-    batch = {"obs": x, "noise": noise, "action": action}
-    batch |= {"advantages": advantages, "returns": advantages + values}
     norm.train()(raw.flatten(0, 1))  # counts from the next rollout on
     norm.eval()
-    return {name: tensor.flatten(0, 1) for name, tensor in batch.items()}, obs, returns
+    samples = (x, noise, action, advantages, advantages + values)
+    return [column.flatten(0, 1) for column in samples], obs, returns
 
 
-def drift(policy, batch, generator):
+def drift(policy, samples, generator):
     """Gap in nats and alignment on samples of the policy, before the updates on them."""
-    some = torch.randperm(len(batch["obs"]), generator=generator, device=generator.device)[:512]
-    obs, noise, action, advantages = (
-        batch[name][some] for name in ("obs", "noise", "action", "advantages")
-    )
+    some = torch.randperm(len(samples[0]), generator=generator, device=generator.device)[:512]
+    obs, noise, action, advantages, _ = (column[some] for column in samples)
     draws = draw_flow(action, 16, generator)
     log_prob = policy.log_prob(obs, noise)
     gap = log_prob - policy.bound(obs, action, draws).mean(1)
@@ -192,14 +191,14 @@ def step_optimizer(optimizer, policy, value, loss):
     return norm
 
 
-def update(policy, value, optimizer, batch, settings):
+def update(policy, value, optimizer, samples, settings):
     """PPO's epochs of minibatches on one rollout; means of the loss's info over all of them."""
-    obs, action = batch["obs"], batch["action"]
+    obs, _, action, advantages, returns = samples
     draws = draw_flow(action, DRAWS)
     with torch.no_grad():
         old_elbo = policy.elbo(obs, action, draws)  # (B, N), once, with the draws of every epoch
         z = policy.standardize(obs, action)  # the flow's part, as sampled
-    columns = (obs, action, z, *draws, old_elbo, batch["advantages"], batch["returns"])
+    columns = (obs, action, z, *draws, old_elbo, advantages, returns)
     beta, trust_region = settings["beta"], "aspo" if settings["per_draw"] else "ppo"
     infos = []
     for _ in range(EPOCHS):
@@ -259,22 +258,22 @@ def train(settings, path, place, args):
     obs, _ = envs.reset(seed=1000 * settings["seed"] + run.iteration)
     returns, score = [], math.nan
     for iteration in range(run.iteration, iterations):
-        batch, obs, finished = rollout(policy, value, norm, envs, obs)
+        samples, obs, finished = rollout(policy, value, norm, envs, obs)
         returns += finished
         if iteration == 0:  # it only fills the statistics, which change what the networks see
             if settings["distill"] == "before":
-                self_distill(policy, value, optimizer, batch["obs"], settings["updates"])
+                self_distill(policy, value, optimizer, samples[0], settings["updates"])
             continue
-        due = iteration == iterations - 1 or (iteration + 1) % max(1, iterations // ROWS) == 0
+        due = iteration in (1, iterations - 1) or (iteration + 1) % max(1, iterations // ROWS) == 0
         measured = {"gap": math.nan, "alignment": math.nan, "entropy": math.nan}
         if due and settings["method"] != "ppo":
             generator = torch.Generator(device).manual_seed(iteration)  # not the training's
-            measured = drift(policy, batch, generator)
-        info = update(policy, value, optimizer, batch, settings)
+            measured = drift(policy, samples, generator)
+        info = update(policy, value, optimizer, samples, settings)
         if not math.isfinite(info.pop("norm")):  # once per rollout, or every update waits for a GPU
             raise FloatingPointError(f"non-finite gradient at step {(iteration + 1) * size}")
         if settings["distill"] == "after":
-            self_distill(policy, value, optimizer, batch["obs"], settings["updates"])
+            self_distill(policy, value, optimizer, samples[0], settings["updates"])
         decay.step()
         if due:
             if returns:  # else no episode has ended since the last row
@@ -298,8 +297,8 @@ def play(path, episodes, noise_scale=1.0, **kwargs):
     generator = torch.Generator().manual_seed(0)
     returns, frames = np.full(episodes, np.nan), []
     while np.isnan(returns).any():
-        if kwargs:
-            frames.append(envs.render()[0])
+        if kwargs and len(frames) < 300:
+            frames.append(envs.render()[0][::2, ::2])  # half the size keeps a GIF under a megabyte
         noise = noise_scale * torch.randn(episodes, action_dim, generator=generator)
         action = policy.sample(norm(torch.as_tensor(obs, dtype=torch.float32)), noise)
         obs, _, terminated, truncated, info = envs.step(action.numpy())
@@ -321,7 +320,7 @@ def evaluate(paths, gif):
             _, frames = play(paths[0], 1, render_mode="rgb_array")
         except Exception as error:  # noqa: BLE001 - it depends on what a screen lacks
             raise ValueError(f"--gif: no picture here, MUJOCO_GL may help ({error})") from None
-        imageio.mimsave(gif, frames[:300], duration=40, loop=0)
+        imageio.mimsave(gif, frames, duration=40, loop=0)
     for path in paths:
         for name, scale in (("with noise", 1.0), ("without", 0.0)):
             returns, _ = play(path, 20, scale)

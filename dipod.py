@@ -61,13 +61,15 @@ def dipod_loss(
 
     Args:
         elbo: (B,) for one ratio per sample (FPO: the mean over draws), or (B, N) for one per draw.
+            A sequence's log ratio grows with its length L: for long ones pass ELBOs / L, beta * L.
         old_elbo: as `elbo`, by the policy that sampled, from the same draws. A constant.
         advantages: (B,).
         beta: >= 0, in advantage per unit of ELBO: on an ELBO per token the same beta is L times
             weaker than on one per sequence. beta = 0 is FPO (2507.21053).
         clip: > 0, half-width of the trust region of the ratio.
         trust_region: "ppo", "spo" or "aspo", see `_surrogate`.
-        weight: (B,) >= 0; a mean over samples is then sum(w*x) / sum(w).
+        weight: (B,) >= 0; a mean over samples is then sum(w*x) / sum(w). So scale the loss of a
+            micro-batch by its sum(w) over the whole sum. Lengths suit ELBOs per token only.
         distill_elbo: (B,) or (B, M), another ELBO for the regularizer: of the part of a policy that
             has a gap (`FlowPolicy.latent_elbo`), or of actions sampled anew.
         max_log_ratio: upper cap of elbo - old_elbo, so that exp stays finite.
@@ -272,7 +274,10 @@ class FlowDraws(NamedTuple):
 
 
 def draw_flow(action, num_draws, generator=None):
-    """FlowDraws for actions (B, A), N = num_draws, in pairs of one time and opposite noise."""
+    """FlowDraws for actions (B, A), N = num_draws, in pairs of one time and opposite noise.
+
+    Time 1 is all noise, time 0 the action.
+    """
     _check_shapes(action=(action, "BA"))
     random = {"device": action.device, "dtype": action.dtype, "generator": generator}
     pairs = (num_draws + 1) // 2
@@ -731,8 +736,8 @@ def finish(records, errors):
         columns = torch.stack(values).T.tolist()
         cells = []
         for column in columns:
-            spread = f" [{min(column):.3g}..{max(column):.3g}]" if len(column) > 1 else ""
-            cells.append(f"{sum(column) / len(column):.4g}{spread}".replace("nan", "-"))
+            spread = f" [{show(min(column))}..{show(max(column))}]" if len(column) > 1 else ""
+            cells.append(show(sum(column) / len(column)) + spread)
         print(f"{method:<10} {len(values):>5}  " + "  ".join(f"{cell:<26}" for cell in cells))
     try:
         draw(runs.values(), first.parent / "figure.png")
@@ -740,6 +745,13 @@ def finish(records, errors):
         print(f"no figure: {error}")
     print(f"\nrecords, CSVs and figure.png are in {first.parent}")
     return 1 if errors else 0
+
+
+def show(x):
+    """A number as a person would write it."""
+    if math.isnan(x):
+        return "-"
+    return f"{x:,.0f}" if 100 <= abs(x) < 1e5 else f"{x:.3g}"
 
 
 def summary(rows):
@@ -762,5 +774,7 @@ def draw(runs, file):
             steps, values = [row["step"] for row in rows], [row[column] for row in rows]
             (handles[method],) = axis.plot(steps, values, color=COLORS.get(method))
             axis.set(xlabel="steps", ylabel=column)
+            axis.locator_params(axis="x", nbins=4)
+    axes[1].set_yscale("symlog", linthresh=1)  # a gap that opens passes 1e6 nats
     axes[0].legend(handles.values(), handles.keys())
     figure.savefig(file, dpi=110)

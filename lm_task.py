@@ -43,18 +43,18 @@ RANK = int(os.environ.get("RANK", "0"))  # torchrun's
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 ROWS = 10  # rows of a run's record; the exact likelihoods of one cost as much as several iterations
 
-# likelihood: what stands in the ratio. beta: whether the loss has DiPOD's regularizer. positives:
-# negative advantages are set to 0, the control that a sceptic asks for. interleave is Algorithm 1:
-# every second rollout is for self-distillation, so that all methods make equally many updates.
+# likelihood: what stands in the ratio. beta: whether the loss has DiPOD's regularizer. positive:
+# negative advantages are set to 0, the control that a sceptic asks for. halves: every second rollout
+# is for self-distillation, Algorithm 1; so all methods make equally many updates.
 METHODS = {
-    "fpo": {"likelihood": "elbo", "beta": False},
-    "dipod": {"likelihood": "elbo", "beta": True},
-    "positives": {"likelihood": "elbo", "beta": False},
-    "exact": {"likelihood": "exact", "beta": False},
-    "spg": {"likelihood": "bounds", "beta": False},
-    "spg-dipod": {"likelihood": "bounds", "beta": True},
-    "d1": {"likelihood": "one step", "beta": False},
-    "interleave": {"likelihood": "elbo", "beta": False},
+    "fpo": {"likelihood": "elbo", "beta": False, "positive": False, "halves": False},
+    "dipod": {"likelihood": "elbo", "beta": True, "positive": False, "halves": False},
+    "positives": {"likelihood": "elbo", "beta": False, "positive": True, "halves": False},
+    "exact": {"likelihood": "exact", "beta": False, "positive": False, "halves": False},
+    "spg": {"likelihood": "bounds", "beta": False, "positive": False, "halves": False},
+    "spg-dipod": {"likelihood": "bounds", "beta": True, "positive": False, "halves": False},
+    "d1": {"likelihood": "one step", "beta": False, "positive": False, "halves": False},
+    "interleave": {"likelihood": "elbo", "beta": False, "positive": False, "halves": True},
 }
 
 
@@ -188,17 +188,17 @@ def train(settings, path, place, args):
         tokens, maskable, right = sample(model, chosen, SAMPLES)
         groups = dipod.group_advantages(right.view(-1, SAMPLES))
         advantages = groups.flatten()
-        due = step % max(1, settings["steps"] // ROWS) == 0 or step == settings["steps"]
+        due = step in (1, settings["steps"]) or step % max(1, settings["steps"] // ROWS) == 0
         measured = drift(model, tokens, maskable, advantages) if due and RANK == 0 else {}
         beta = settings["beta"]
-        if settings["method"] == "positives":
+        if settings["positive"]:
             advantages = advantages.clamp(min=0)
-        if settings["method"] == "interleave" and step % 2 == 0:
-            # Self-distillation: the regularizer alone.
+        if settings["halves"] and step % 2 == 0:  # self-distillation, the regularizer alone
             advantages, beta = torch.zeros_like(advantages), 1.0
         batch = (tokens, maskable, dipod.draw_masks(maskable, DRAWS))
-        with torch.no_grad():
-            old = likelihood(model, settings["likelihood"], *batch)
+        with torch.no_grad():  # SPG has no ratio
+            bounds = settings["likelihood"] == "bounds"
+            old = None if bounds else likelihood(model, settings["likelihood"], *batch)
         for _ in range(settings["inner"]):
             loss, info = loss_of(settings | {"beta": beta}, net, batch, advantages, old)
             optimizer.zero_grad()
