@@ -44,17 +44,17 @@ WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 ROWS = 10  # rows of a run's record; the exact likelihoods of one cost as much as several iterations
 
 # likelihood: what stands in the ratio. beta: whether the loss has DiPOD's regularizer. positive:
-# negative advantages are set to 0, the control that a sceptic asks for. halves: every second rollout
-# is for self-distillation, Algorithm 1; so all methods make equally many updates.
+# negative advantages are set to 0, the control that a sceptic asks for. distill, Algorithm 1: every
+# second rollout is for that many updates of self-distillation, so that all sample equally often.
 METHODS = {
-    "fpo": {"likelihood": "elbo", "beta": False, "positive": False, "halves": False},
-    "dipod": {"likelihood": "elbo", "beta": True, "positive": False, "halves": False},
-    "positives": {"likelihood": "elbo", "beta": False, "positive": True, "halves": False},
-    "exact": {"likelihood": "exact", "beta": False, "positive": False, "halves": False},
-    "spg": {"likelihood": "bounds", "beta": False, "positive": False, "halves": False},
-    "spg-dipod": {"likelihood": "bounds", "beta": True, "positive": False, "halves": False},
-    "d1": {"likelihood": "one step", "beta": False, "positive": False, "halves": False},
-    "interleave": {"likelihood": "elbo", "beta": False, "positive": False, "halves": True},
+    "fpo": {"likelihood": "elbo", "beta": False, "positive": False, "distill": 0},
+    "dipod": {"likelihood": "elbo", "beta": True, "positive": False, "distill": 0},
+    "positives": {"likelihood": "elbo", "beta": False, "positive": True, "distill": 0},
+    "exact": {"likelihood": "exact", "beta": False, "positive": False, "distill": 0},
+    "spg": {"likelihood": "bounds", "beta": False, "positive": False, "distill": 0},
+    "spg-dipod": {"likelihood": "bounds", "beta": True, "positive": False, "distill": 0},
+    "d1": {"likelihood": "one step", "beta": False, "positive": False, "distill": 0},
+    "interleave": {"likelihood": "elbo", "beta": False, "positive": False, "distill": 2},
 }
 
 
@@ -191,15 +191,18 @@ def train(settings, path, place, args):
         due = step in (1, settings["steps"]) or step % max(1, settings["steps"] // ROWS) == 0
         measured = drift(model, tokens, maskable, advantages) if due and RANK == 0 else {}
         beta = settings["beta"]
+        updates = settings["inner"]
         if settings["positive"]:
             advantages = advantages.clamp(min=0)
-        if settings["halves"] and step % 2 == 0:  # self-distillation, the regularizer alone
-            advantages, beta = torch.zeros_like(advantages), 1.0
+        if settings["distill"] and step % 2 == 0:  # self-distillation, the regularizer alone
+            advantages = torch.zeros_like(advantages)
+            beta = 1.0
+            updates = settings["distill"]
         batch = (tokens, maskable, dipod.draw_masks(maskable, DRAWS))
         with torch.no_grad():  # SPG has no ratio
             bounds = settings["likelihood"] == "bounds"
             old = None if bounds else likelihood(model, settings["likelihood"], *batch)
-        for _ in range(settings["inner"]):
+        for _ in range(updates):
             loss, info = loss_of(settings | {"beta": beta}, net, batch, advantages, old)
             optimizer.zero_grad()
             loss.backward()
@@ -241,6 +244,8 @@ def settings_of(method, seed, args):
     settings |= METHODS[method] | {"processes": WORLD}
     if settings["beta"]:
         settings["beta"] = args.beta
+    if settings["distill"] and args.distill is not None:
+        settings["distill"] = args.distill
     if args.base:  # a checksum, because another file can have the same name
         settings["base"] = zlib.crc32(args.base[seed % len(args.base)].read_bytes())
     return settings
@@ -287,6 +292,7 @@ def main():
     add("--lr", type=number(float, 1e-9), default=3e-4, help="learning rate")
     add("--beta", type=number(float, 0), default=BETA, help="weight of DiPOD's regularizer")
     add("--inner", type=number(int, 1), default=8, help="updates on a rollout")
+    add("--distill", type=number(int, 1), metavar="N", help="interleave: updates that distill")
     add("--prompts", type=number(int, 1), default=8, help="prompts of a rollout, 8 samples each")
     add("--decay", action="store_true", help="the learning rate decays linearly to 0")
     add("--base", nargs="+", type=Path, metavar="FILE", help="base models; default: pretrained")

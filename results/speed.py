@@ -4,14 +4,16 @@
     python results/speed.py
 
 One thread and 16 environments everywhere, and as many updates for Stable-Baselines3's PPO as for
-this project's methods. All are timed in turn, three times; a row is the median. Five minutes.
+this project's methods. All are timed in turn, three times; a row is the median. It prints a CSV and
+takes five minutes on an idle machine.
 """
 
-import resource
+import csv
 import statistics
 import sys
 import time
 from argparse import Namespace
+from contextlib import redirect_stdout
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -40,7 +42,7 @@ def this_project(method):
     args = Namespace(env=ENV, policy="tight", steps=STEPS, lr=task.LEARNING_RATE, beta=task.BETA)
     args.device, args.resume, args.distill = "cpu", False, None
     settings = task.settings_of(method, 0, args)
-    with TemporaryDirectory() as out:
+    with TemporaryDirectory() as out, redirect_stdout(sys.stderr):
         started = time.monotonic()
         task.train(settings, Path(out, "run.pt"), (1, 1, 1), args)
         return STEPS / (time.monotonic() - started)
@@ -61,7 +63,7 @@ def stable_baselines3():
 
 
 def main():
-    """Prints the table."""
+    """Prints the CSV."""
     torch.set_num_threads(1)
     measured = {"bare environment": bare_environment}
     measured |= {method: lambda method=method: this_project(method) for method in ("dipod", "ppo")}
@@ -70,17 +72,17 @@ def main():
 
         measured["Stable-Baselines3 PPO"] = stable_baselines3
     except ImportError:
-        print("Stable-Baselines3 is not installed")
+        print("Stable-Baselines3 is not installed", file=sys.stderr)
     speeds = {name: [] for name in measured}
     for _ in range(3):
         for name, measure in measured.items():
             speeds[name].append(measure())
     bare = statistics.median(speeds["bare environment"])
+    write = csv.writer(sys.stdout).writerow
+    write(["what", "steps/s", "of the bare environment"])
     for name, values in speeds.items():
         speed = statistics.median(values)
-        print(f"{name:<22} {speed:>7.0f} steps/s  {speed / bare:.2f} of the bare environment")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"peak memory {peak:.2f} GiB")
+        write([name, f"{speed:,.0f}", f"{speed / bare:.2f}"])
 
 
 if __name__ == "__main__":

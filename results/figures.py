@@ -1,0 +1,109 @@
+"""The figures in assets/, from the CSVs in results/; `report.py` draws them after its tables."""
+
+import csv
+from collections import defaultdict
+from pathlib import Path
+
+import tables
+from matplotlib.figure import Figure
+
+import dipod
+
+ROOT = Path(__file__).parent.parent
+RATES = ("1e-3", "2e-3", "8e-3", "1.6e-2")  # beside the default of control_task.py, 4e-3
+RATE_TASKS = {"Reacher-v5": "reacher", "Hopper-v5": "hopper", "HalfCheetah-v5": "halfcheetah"}
+
+
+def start(panels, height=2.8):
+    """A figure and its axes, with letters that can be read at half the width of a page."""
+    figure = Figure(figsize=(3.2 * panels, height), layout="constrained")
+    return figure, figure.subplots(1, panels, squeeze=False)[0]
+
+
+def curves(name, methods, file):
+    """Score, gap and alignment of an experiment's runs over steps."""
+    runs = []
+    for method in methods:
+        for rows in tables.read(name)[method].values():
+            runs.append({"settings": {"method": method}, "rows": rows})
+    dipod.draw(runs, ROOT / "assets" / file)
+
+
+def learning_rates():
+    """Final return over learning rates: mean of the seeds, and lowest to highest shaded."""
+    figure, axes = start(len(RATE_TASKS))
+    for axis, (title, task) in zip(axes, RATE_TASKS.items()):
+        names = {rate: f"lr_{task}_{rate}" for rate in RATES}
+        names["4e-3"] = f"control_{task}"
+        panel(axis, names, ("fpo", "dipod", "ppo"))
+        axis.set(title=title, ylabel="final return")
+    axes[0].legend()
+    figure.savefig(ROOT / "assets" / "learning_rates.png", dpi=110)
+
+
+def panel(axis, names, methods):
+    """One method's line for each of `methods`; names is {learning rate: experiment}."""
+    rates = sorted(names, key=float)
+    for method in methods:
+        finals = []
+        for rate in rates:
+            values = tables.values(names[rate], "final", method).values()
+            finals.append((min(values), sum(values) / len(values), max(values)))
+        low, middle, high = zip(*finals)
+        x = [float(rate) for rate in rates]
+        axis.plot(x, middle, marker="o", color=dipod.COLORS[method], label=method)
+        axis.fill_between(x, low, high, color=dipod.COLORS[method], alpha=0.15)
+    axis.set(xscale="log", xlabel="learning rate")
+
+
+def columns(name, key):
+    """{value of key: {column: numbers}} of a CSV that `curves.py` printed."""
+    found = defaultdict(lambda: defaultdict(list))
+    with open(ROOT / "results" / f"{name}.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            group = found[row.pop(key)]
+            for column, value in row.items():
+                group[column].append(float(value))
+    return found
+
+
+def two_doors():
+    """The bound leaves the likelihood: both over the action axis, and a histogram of actions."""
+    figure, axes = start(2, 3.2)
+    for axis, method in zip(axes, ("fpo", "dipod")):
+        policy = columns("two_doors", "method")[method]
+        order = sorted(range(len(policy["action"])), key=policy["action"].__getitem__)
+        action = [policy["action"][i] for i in order]
+        for column, style in (("log_prob", "-"), ("elbo", "--")):
+            values = [policy[column][i] for i in order]
+            axis.plot(action, values, style, color=dipod.COLORS[method], label=column)
+        axis.set(title=method, xlabel="action", ylabel="nats", xlim=(-1.5, 1.5), ylim=(-15, 4))
+        axis.legend(loc="lower center")
+        density = axis.twinx()
+        density.hist(action, 60, (-1.5, 1.5), color="0.8", zorder=0)
+        density.set_yticks([])
+        axis.set_zorder(density.get_zorder() + 1)
+        axis.patch.set_visible(False)
+    figure.savefig(ROOT / "assets" / "two_doors.png", dpi=110)
+
+
+def two_token():
+    """Gap of AA, alignment and reward of the paper's diagnostic."""
+    figure, axes = start(3)
+    for beta, method in (("0.0", "fpo"), ("0.2", "dipod")):
+        curve = columns("two_token", "beta")[beta]
+        for axis, column in zip(axes, ("gap_AA", "alignment", "reward")):
+            label = f"beta = {float(beta):g}"
+            axis.plot(curve["update"], curve[column], color=dipod.COLORS[method], label=label)
+            axis.set(xlabel="update", ylabel=column)
+    axes[0].legend()
+    figure.savefig(ROOT / "assets" / "two_token.png", dpi=110)
+
+
+def draw_all():
+    """Every figure."""
+    curves("control_default", ("fpo", "dipod", "ppo"), "control.png")
+    curves("lm_main", ("fpo", "dipod", "positives", "exact"), "lm.png")
+    learning_rates()
+    two_doors()
+    two_token()
