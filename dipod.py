@@ -678,12 +678,13 @@ class Run:
         left = int((max(steps - step, 0) + steps * ((runs - number) // jobs)) / speed)
         line = f"{method:<10} {seed:>4} {step:>9} {score:>9.4g} {gap:>9.3g} {cosine:>9.3f}"
         line += f" {speed:>9.0f} {left // 60:>6}:{left % 60:02}  run {number} of {runs}"
-        print(line.replace("nan", "  -"), flush=True)
+        print(line.replace("nan", "  -") + "\n", end="", flush=True)  # one write, never mixed
 
 
 def run_all(train, records, args, score):
     """Calls train(settings, path, place, args) for all runs in parallel; {path: error} if any."""
-    print(f"{'method':<10} seed      step {score:>9}  gap/nats alignment   steps/s time left")
+    header = f"{'method':<10} seed      step {score:>9}  gap/nats alignment   steps/s time left"
+    print(header, flush=True)
     errors, futures = {}, {}
     spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(min(args.jobs, len(records)), spawn, start_worker)

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from unittest import mock
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -330,9 +331,6 @@ def test_the_regularizer_alone_keeps_the_entropy_but_not_with_the_region_cut_aft
     assert entropies["cut"][-1] < 0.8 * entropies["cut"][0]
 
 
-# Flow policy
-
-
 def make_policy(**form):
     policy = FlowPolicy(3, 2, scale=0.5, **form).double()
     for p in policy.parameters():
@@ -475,18 +473,6 @@ def test_two_token_against_the_formulas_written_out():
         theta.data += 2.0 * (proxy + 0.1 * gradient(pi @ elbo, theta))
 
 
-def test_a_minibatch_of_draws_has_the_elbos_of_its_samples():
-    (model, _), action = lookup_model(3), torch.randn(8, 2)
-    masks, flows = dipod.draw_masks(ALL_TRIPLES >= 0, 4), dipod.draw_flow(action, 4)
-    i = torch.randperm(8)[:3]
-    some_masks = MaskDraws(masks.mask[i], masks.weight[i])
-    some_flows = FlowDraws(flows.time[i], flows.noise[i])
-    elbo = dipod.masked_elbo(model, ALL_TRIPLES, masks, 2)
-    same(dipod.masked_elbo(model, ALL_TRIPLES[i], some_masks, 2), elbo[i])
-    elbo = dipod.flow_elbo(torch.mul, action, flows)
-    same(dipod.flow_elbo(torch.mul, action[i], some_flows), elbo[i])
-
-
 def test_everything_is_made_on_the_device_of_the_input():
     with torch.device("meta"):
         b, bn, action = torch.ones(3), torch.ones(3, 4), torch.ones(3, 2)
@@ -516,7 +502,7 @@ def test_snippet_of_the_readme_starts_at_a_ratio_of_1_and_trains(snippet, tmp_pa
     loss = mock.Mock(wraps=dipod.dipod_loss)
     monkeypatch.setattr(dipod, "dipod_loss", loss)
     (tmp_path / "snippet.py").write_text(snippet)
-    names = runpy.run_path(tmp_path / "snippet.py", {"torch": torch})
+    names = runpy.run_path(tmp_path / "snippet.py")
     model, policy, obs = lm_task.Model(), FlowPolicy(3, 2, tight=False), torch.randn(32, 3)
     optimizer = torch.optim.Adam([*model.parameters(), *policy.parameters()])
     if "language_step" in names:
@@ -529,23 +515,18 @@ def test_snippet_of_the_readme_starts_at_a_ratio_of_1_and_trains(snippet, tmp_pa
     assert log_ratios[0].abs().max() < 1e-5 < log_ratios[-1].abs().max()
 
 
-@pytest.mark.parametrize(
-    ("recipe", "package"),
-    [
-        ("transformers_mlm", "transformers"),
-        ("trl_grpo", "trl"),
-        ("sb3_ppo", "stable_baselines3"),
-        ("rsl_rl_ppo", "rsl_rl"),
-    ],
-)
+RECIPES = [("transformers_mlm", "transformers"), ("trl_grpo", "trl")]
+RECIPES += [("sb3_ppo", "stable_baselines3"), ("rsl_rl_ppo", "rsl_rl")]
+
+
+@pytest.mark.parametrize(("recipe", "package"), RECIPES)
 def test_recipe_runs(recipe, package, monkeypatch):
     """It asserts by itself that its first ratio is 1."""
     pytest.importorskip(package)
     file = ROOT / "results" / "recipes" / f"{recipe}.py"
-    if not file.exists():
-        pytest.skip("not written yet")
     monkeypatch.syspath_prepend(file.parent)
-    runpy.run_path(str(file))["main"](updates=2)
+    before, after = runpy.run_path(str(file))["train"](0.1, 2)
+    assert math.isfinite(before + after)
 
 
 B, BN, BA, BT = torch.ones(3), torch.ones(3, 4), torch.ones(3, 2), torch.zeros(3, 5).long()
@@ -595,6 +576,39 @@ def test_gae_bootstraps_truncated_episodes_and_cuts_all():
         torch.testing.assert_close(advantages[t], total)
 
 
+class Counter(control_task.TwoDoors):
+    """Shows how many of its three steps are over, and is truncated then."""
+
+    def step(self, action):
+        self.tries += 1
+        return np.full(1, self.tries, np.float32), 0.0, False, self.tries == 3, {}
+
+
+def test_rollout_keeps_unclipped_actions_and_bootstraps_from_the_final_observation(monkeypatch):
+    gym.register("Counter-v0", entry_point=Counter)
+    envs, policy = control_task.make_envs("Counter-v0", 16), FlowPolicy(1, 1)
+    norm, first = control_task.observation_norm(1), envs.reset()[0]
+    with mock.patch.object(envs.unwrapped, "step", wraps=envs.unwrapped.step) as step:
+        samples, _, _ = control_task.rollout(policy, nn.Identity(), norm, envs, first)
+    obs, _, action, advantages, _ = samples
+    received = np.concatenate([call.args[0] for call in step.call_args_list])
+    assert action.abs().max() > 1.5 and (received == action.numpy().clip(-1, 1)).all()
+    # The value is the observation. The last step leads from 2 to 3, not to the next episode's 0.
+    assert advantages[obs[:, 0].round() == 2].numpy() == pytest.approx(0.99 * 3 - 2, abs=1e-3)
+    loss = mock.Mock(wraps=dipod.dipod_loss)
+    monkeypatch.setattr(control_task, "dipod_loss", loss)
+    value, settings = nn.Linear(1, 1), {"beta": 0.3, "per_draw": False}
+    optimizer = torch.optim.Adam([*policy.parameters(), *value.parameters()])
+    control_task.update(policy, value, optimizer, samples, settings)
+    torch.testing.assert_close(*loss.call_args_list[0].args[:2])  # the first ratio is 1
+
+
+def test_reward_by_hand():
+    right = {"13:9+3+1": 1, "05:9-3-1": 1, "13:9+3+2": 0, "13:9+3:1": 0, "13:93+1+": 0}
+    tokens = torch.tensor([[lm_task.CHARS.index(char) for char in line] for line in right])
+    assert lm_task.rewards(tokens).tolist() == list(right.values())
+
+
 def compare_gradients(rank):
     """In each of two processes: that of half the batch, averaged, is that of the whole batch."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29517")
@@ -624,8 +638,6 @@ def compare_gradients(rank):
 def test_two_processes_with_half_the_batch_take_the_step_of_one():
     torch.multiprocessing.spawn(compare_gradients, nprocs=2)
 
-
-# Commands
 
 TASKS = {"control": control_task, "lm": lm_task}
 
