@@ -76,11 +76,14 @@ def drifts(*names):
     return grid(["CSV", *header], rows)
 
 
-def methods(name, *more):
-    """A row for each method of an experiment, with the usual columns and more of the CSV's."""
+def methods(names, *more):
+    """A row for each method of NAME,NAME..., with the usual columns and more of the CSVs'."""
     columns = (*COLUMNS, *more)
-    rows = [[method, *(average(c, method, name) for c in columns)] for method in read(name)]
-    return grid(["method", *columns], rows)
+    rows = []
+    for name in names.split(","):
+        for method in read(name):
+            rows.append([name, method, *(average(c, method, name) for c in columns)])
+    return grid(["CSV", "method", *columns], rows)
 
 
 def first_gaps(*names):

@@ -1,6 +1,6 @@
 """DiPOD in TRL's GRPOTrainer: a tiny BERT learns to copy its prompt.
 
-Reward 0.45 -> 0.97 with beta 0.1, and 0.45 -> 0.99 with beta 0: no better. 25 s each on one core.
+Reward 0.45 -> 0.97 with beta 0.1, and 0.45 -> 0.99 with beta 0: no better. 18 s each on one core.
 """
 
 import sys
