@@ -737,7 +737,8 @@ def finish(records, errors):
         columns = torch.stack(values).T.tolist()
         cells = []
         for column in columns:
-            spread = f" [{show(min(column))}..{show(max(column))}]" if len(column) > 1 else ""
+            one = len(column) == 1 or math.isnan(column[0])  # ppo has no gap
+            spread = "" if one else f" [{show(min(column))}..{show(max(column))}]"
             cells.append(show(sum(column) / len(column)) + spread)
         print(f"{method:<10} {len(values):>5}  " + "  ".join(f"{cell:<26}" for cell in cells))
     try:

@@ -1,13 +1,16 @@
-"""Prints the numbers behind two figures as CSV.
+"""Prints numbers that no run of a task prints, as CSV.
 
-    python results/curves.py two_token    # the paper's diagnostic, without and with DiPOD's term
-    python results/curves.py two_doors    # likelihood and ELBO over the actions of trained policies
+    python results/curves.py two_token      # the paper's diagnostic, without and with DiPOD's term
+    python results/curves.py two_doors      # likelihood and ELBO over actions of trained policies
+    python results/curves.py without_noise  # returns of trained policies that act without noise
 
-The second one needs the runs of `python results/report.py --run control_twodoors`.
+The last two need the runs that `python results/report.py --run control_twodoors` and the like leave
+in runs/evidence.
 """
 
 import csv
 import sys
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -17,7 +20,8 @@ sys.path.insert(0, str(ROOT))
 import control_task
 import dipod
 
-POINTS = 1000  # actions of a policy, each as probable as the next
+RUNS = ROOT / "runs" / "evidence"
+NOISES = 200_000
 
 
 def two_token(write):
@@ -30,25 +34,41 @@ def two_token(write):
 
 
 def two_doors(write):
-    """Log-likelihood and ELBO in nats of the actions that evenly spread noise leads to."""
+    """Log-likelihood and ELBO in nats over the action axis.
+
+    A policy that splits its actions folds: two noises can lead to one action, so `log_prob` along
+    the sampler's path misses a part. Here the likelihood is the share of evenly spread noise that
+    ends in each bin. It is -inf where none does.
+    """
     write(["method", "action", "log_prob", "elbo"])
-    quantiles = (torch.arange(POINTS) + 0.5) / POINTS
-    noise = torch.distributions.Normal(0.0, 1.0).icdf(quantiles)[:, None]
-    for method in ("fpo", "dipod", "ppo"):
-        state = dipod.load(ROOT / f"runs/evidence/control_twodoors/{method}_100.pt", "control")
+    noise = torch.distributions.Normal(0.0, 1.0).icdf((torch.arange(NOISES) + 0.5) / NOISES)
+    edges = torch.linspace(-1.5, 1.5, 151)
+    width = edges[1] - edges[0]
+    action = (edges[:-1] + edges[1:]) / 2
+    obs = torch.zeros(1, 1)  # all that the environment shows
+    for method in ("fpo", "dipod"):
+        state = dipod.load(RUNS / "control_twodoors" / f"{method}_100.pt", "control")
         policy = control_task.make_policy(state["settings"], obs_dim=1, action_dim=1)
         policy.load_state_dict(state["policy"])
-        obs = torch.zeros(POINTS, 1)  # all that the environment shows
-        action = policy.sample(obs, noise)
-        log_prob = policy.log_prob(obs, noise)
-        elbo = log_prob
-        if policy.flow:
-            generator = torch.Generator().manual_seed(0)
-            draws = dipod.draw_flow(action, 2000, generator)
-            elbo = policy.bound(obs, action, draws).mean(1)
-        for row in zip(action[:, 0].tolist(), log_prob.tolist(), elbo.tolist()):
+        samples = policy.sample(obs.expand(NOISES, 1), noise[:, None])
+        log_prob = (torch.histogram(samples, edges).hist / NOISES / width).log()
+        draws = dipod.draw_flow(action[:, None], 2000, torch.Generator().manual_seed(0))
+        elbo = policy.bound(obs.expand(150, 1), action[:, None], draws).mean(1)
+        for row in zip(action.tolist(), log_prob.tolist(), elbo.tolist()):
             write([method, *row])
 
 
+def without_noise(write):
+    """Mean return over 20 episodes that start from the noise 0, of each run and environment."""
+    tasks = ("reacher", "pusher", "pendulum", "halfcheetah", "hopper", "walker")
+    write(["method", "seed", *tasks])
+    for method, seed in product(("dipod", "fpo", "ppo"), range(100, 110)):
+        paths = [RUNS / f"control_{task}" / f"{method}_{seed}.pt" for task in tasks]
+        returns = [control_task.play(path, 20, noise_scale=0.0)[0].mean() for path in paths]
+        write([method, seed, *returns])
+
+
 if __name__ == "__main__":
-    {"two_token": two_token, "two_doors": two_doors}[sys.argv[1]](csv.writer(sys.stdout).writerow)
+    torch.set_num_threads(1)
+    tables = {"two_token": two_token, "two_doors": two_doors, "without_noise": without_noise}
+    tables[sys.argv[1]](csv.writer(sys.stdout).writerow)

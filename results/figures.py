@@ -1,6 +1,7 @@
 """The figures in assets/, from the CSVs in results/; `report.py` draws them after its tables."""
 
 import csv
+import math
 from collections import defaultdict
 from pathlib import Path
 
@@ -68,19 +69,21 @@ def columns(name, key):
 
 
 def two_doors():
-    """The bound leaves the likelihood: both over the action axis, and a histogram of actions."""
+    """The bound leaves the likelihood: both over the action axis, and the density of actions."""
     figure, axes = start(2, 3.2)
     for axis, method in zip(axes, ("fpo", "dipod")):
         policy = columns("two_doors", "method")[method]
-        order = sorted(range(len(policy["action"])), key=policy["action"].__getitem__)
-        action = [policy["action"][i] for i in order]
-        for column, style in (("log_prob", "-"), ("elbo", "--")):
-            values = [policy[column][i] for i in order]
-            axis.plot(action, values, style, color=dipod.COLORS[method], label=column)
-        axis.set(title=method, xlabel="action", ylabel="nats", xlim=(-1.5, 1.5), ylim=(-15, 4))
+        for column, style in (("log_prob", "-"), ("elbo", ":")):
+            color = dipod.COLORS[method]
+            axis.plot(policy["action"], policy[column], style, lw=2, color=color, label=column)
+        axis.set(xlabel="action", ylabel="nats", xlim=(-1.5, 1.5), ylim=(-15, 4))
         axis.legend(loc="lower center")
         density = axis.twinx()
-        density.hist(action, 60, (-1.5, 1.5), color="0.8", zorder=0)
+        heights = [math.exp(value) for value in policy["log_prob"]]
+        density.bar(policy["action"], heights, 0.02, color="0.8")
+        gaps = [a - b for a, b in zip(policy["log_prob"], policy["elbo"])]
+        gap = sum(0.02 * p * x for p, x in zip(heights, gaps) if p > 0)
+        axis.set_title(f"{method}, mean gap {gap:.2f} nats")
         density.set_yticks([])
         axis.set_zorder(density.get_zorder() + 1)
         axis.patch.set_visible(False)
