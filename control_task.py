@@ -43,7 +43,7 @@ BETA = 0.3  # in advantage per A * (mean over dimensions) of the flow's ELBO
 # steps and a small factor for the tight flow, because its head does most of the work.
 TIGHT = {"num_steps": 2, "scale": 0.02}
 TEXTBOOK = {"num_steps": 5, "scale": 0.25}
-ROWS = 20  # rows of a run's record
+ROWS = 20  # about as many rows has a run's record
 
 # beta: whether the loss has DiPOD's regularizer. per_draw: FPO++'s one ratio per draw and "aspo".
 # distill: self-distillation before training, or after each rollout, which is Algorithm 1.
@@ -110,7 +110,7 @@ class RewardNorm(wrappers.NormalizeReward):
 
 
 def observation_norm(obs_dim):
-    """Normalises by the mean and variance of all batches seen in training mode; clipped to 10."""
+    """Normalises by the average mean and variance of the rollouts so far; clipped to 10."""
     norm = nn.BatchNorm1d(obs_dim, affine=False, momentum=None)
     return nn.Sequential(norm, nn.Hardtanh(-10.0, 10.0)).eval()
 

@@ -25,7 +25,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector
 
 
 # 1. The loss. The sections below only provide the ELBOs that go into it.
@@ -109,9 +108,9 @@ def _checked_weight(advantages, beta, weight, **elbos):
     for name, elbo in elbos.items():
         letters = "BN" if elbo.dim() == 2 else "B"
         _check_shapes(advantages=(advantages, "B"), weight=(weight, "B"), **{name: (elbo, letters)})
-    _expect(0 <= beta < math.inf, "beta", "a finite number >= 0", beta)
-    usable = (weight >= 0).all() & (weight.sum() > 0)
-    _expect(usable, "weight", "values >= 0 with a sum > 0", weight)
+    _expect((beta >= 0) & (beta < math.inf), "beta", "a finite number >= 0", beta)
+    usable = (weight >= 0).all() & (weight.sum() > 0) & (weight.sum() < math.inf)
+    _expect(usable, "weight", "finite values >= 0 with a sum > 0", weight)
     return _upcast(weight)
 
 
@@ -249,7 +248,7 @@ def sample_masked(model, tokens, mask_id, temperature=1.0, generator=None):
         row = (step < num_masked).nonzero()[:, 0]  # the rows that still hold a mask
         position = order[row, step]
         logits = _upcast(model(tokens)[row, position])
-        if mask_id < logits.shape[1]:
+        if 0 <= mask_id < logits.shape[1]:
             logits[:, mask_id] = -math.inf
         probability = (logits / max(temperature, 1e-6)).softmax(1)
         token = torch.multinomial(probability, 1, generator=generator)[:, 0]
@@ -368,6 +367,7 @@ class FlowPolicy(nn.Module):
 
     def __init__(self, obs_dim, action_dim, tight=True, flow=True, scale=0.02, num_steps=5):
         super().__init__()
+        _expect(tight or flow, "flow", "True in a policy that is not tight", flow)
         self.flow, self.scale = flow, scale if flow else 0.0
         self.solver = {"num_steps": num_steps, "path": "vp" if tight else "linear"}
         self.mean = mlp(obs_dim, action_dim, 0.01) if tight else None
@@ -397,6 +397,7 @@ class FlowPolicy(nn.Module):
     @torch.no_grad()
     def sample(self, obs, noise):
         """Actions (B, A) for observations (B, O) and standard normal noise (B, A)."""
+        _check_shapes(log_std=(self.log_std, "A"), obs=(obs, "BO"), noise=(noise, "BA"))
         z = flow_sample(self.velocity(obs), noise, **self.solver) if self.flow else noise
         return z if self.mean is None else self.mean(obs) + self.log_std.exp() * z
 
@@ -409,7 +410,8 @@ class FlowPolicy(nn.Module):
         """(B, N), of the flow's part z alone: A * `flow_elbo`, or the Gaussian's log-likelihood."""
         _check_shapes(log_std=(self.log_std, "A"), obs=(obs, "BO"), z=(z, "BA"))
         if not self.flow:
-            return _NORMAL.log_prob(z).sum(-1, keepdim=True)
+            log_prob = _NORMAL.log_prob(_upcast(z)).sum(-1, keepdim=True)
+            return log_prob.expand(-1, draws.time.shape[1])
         return z.shape[1] * flow_elbo(self.velocity(obs), z, draws, self.solver["path"])
 
     def elbo(self, obs, action, draws):
@@ -500,6 +502,7 @@ def flow_bound(velocity, action, draws, path="linear", min_time=0.0):
     sampler is the ODE, so one sample's gap can be negative, while the mean on policy cannot.
     """
     _check_shapes(action=(action, "BA"), time=(draws.time, "BN1"), noise=(draws.noise, "BNA"))
+    _expect(0 <= min_time < 1, "min_time", "a number in [0, 1)", min_time)
     time = min_time + (1 - min_time) * _upcast(draws.time)
     alpha, sigma, d_alpha, d_sigma = _path(time, path)
     x = alpha * action[:, None] + sigma * draws.noise
@@ -519,7 +522,7 @@ def alignment(proxy, true, parameters):
     parameters, gradients = list(parameters), []
     for y in (proxy, true):
         gradient = torch.autograd.grad(y, parameters, retain_graph=True, materialize_grads=True)
-        gradients.append(parameters_to_vector(gradient))
+        gradients.append(torch.cat([_upcast(part).flatten() for part in gradient]))
     a, b = gradients
     return a @ b / (a.norm() * b.norm())  # NaN where a gradient is 0
 
@@ -577,7 +580,8 @@ COLORS |= {"positives": "#009E73", "fpo++": "#E69F00", "dipod++": "#56B4E9", "di
 def task_parser(doc, methods, default):
     """The flags that both tasks have. An error is one line, because there is no usage to print."""
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(None, argparse.SUPPRESS, doc, formatter_class=formatter)
+    options = {"formatter_class": formatter, "allow_abbrev": False}
+    parser = argparse.ArgumentParser(None, argparse.SUPPRESS, doc, **options)
     add = parser.add_argument
     add("--methods", nargs="+", choices=methods, default=default, help=", ".join(methods))
     add("--seeds", type=number(int, 1), default=1, metavar="N", help="runs of each method")
@@ -617,24 +621,36 @@ def load(path, task):
     return state
 
 
-def prepare(args, settings_of):
+def prepare(args, settings_of, inputs=()):
     """{path: settings} of this command's runs; ValueError if they would harm what --out holds."""
+    _expect(args.out or not args.resume, "--resume", "an --out that holds the runs", "none")
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     runs = [settings_of(method, seed, args) for seed in seeds for method in args.methods]
     names = (f"runs/{runs[0]['task']}-{i}" for i in range(1, 10**6))
     out = Path(args.out or next(name for name in names if not Path(name).exists()))
     records = {out / f"{run['method']}_{run['seed']}.pt": run for run in runs}
     _expect(len(records) == len(runs), "--methods", "each method once", args.methods)
+    written = {path.resolve() for path in records}
+    for path in inputs:
+        _expect(path.resolve() not in written, "--base", "no record that is written here", path)
     for path in out.glob("*.pt"):
-        old, new = load(path, runs[0]["task"])["settings"], records.get(path)
-        if new and args.resume:
-            changed = [f"{name} {new.get(name)}" for name in old if new.get(name) != old[name]]
-            _expect(not changed, "--resume", f"the settings of {path}", ", ".join(changed))
-        elif new and not args.overwrite:
+        old = load(path, runs[0]["task"])["settings"]
+        if path in records and args.overwrite:
+            continue
+        if path in records and not args.resume:
             raise ValueError(f"{path} exists: --resume goes on from it, --overwrite replaces it")
+        # Seeds of one method are averaged, so other seeds have to be runs of the same settings too.
+        new = records.get(path) or next((r for r in runs if r["method"] == old["method"]), old)
+        names = old if path in records else old.keys() - {"seed", "base"}
+        changed = [f"{name} {new.get(name)}" for name in names if new.get(name) != old[name]]
+        _expect(not changed, "--out", f"the settings of {path}", ", ".join(changed))
     out.mkdir(parents=True, exist_ok=True)
     (out / "writable.partial").touch()
     (out / "writable.partial").unlink()
+    if args.overwrite:
+        for path in records:
+            path.unlink(missing_ok=True)
+            path.with_suffix(".csv").unlink(missing_ok=True)
     return records
 
 
@@ -675,28 +691,42 @@ class Run:
         number, runs, jobs = self.place
         steps, seconds = self.settings["steps"], time.monotonic() - self.started
         speed = (step - self.first_step) / seconds
-        left = int((max(steps - step, 0) + steps * ((runs - number) // jobs)) / speed)
+        rounds = (runs - 1) // jobs - (number - 1) // jobs  # of `jobs` runs each, after this one
+        left = int((max(steps - step, 0) + steps * rounds) / speed)
         line = f"{method:<10} {seed:>4} {step:>9} {score:>9.4g} {gap:>9.3g} {cosine:>9.3f}"
         line += f" {speed:>9.0f} {left // 60:>6}:{left % 60:02}  run {number} of {runs}"
         print(line.replace("nan", "  -") + "\n", end="", flush=True)  # one write, never mixed
 
 
-def run_all(train, records, args, score):
-    """Calls train(settings, path, place, args) for all runs in parallel; {path: error} if any."""
+def print_header(score):
+    """The names over `Run.print_row`."""
     header = f"{'method':<10} seed      step {score:>9}  gap/nats alignment   steps/s time left"
     print(header, flush=True)
+
+
+def run_all(train, records, args, score):
+    """Calls train(settings, path, place, args) for all runs in parallel; {path: error} if any."""
+    print_header(score)
     errors, futures = {}, {}
     spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(min(args.jobs, len(records)), spawn, start_worker)
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit it: Ctrl-C is ours
     for number, (path, settings) in enumerate(records.items(), 1):
         place = (number, len(records), args.jobs)
         futures[pool.submit(train, settings, path, place, args)] = path
+    signal.signal(signal.SIGINT, handler)
     for future in as_completed(futures):
         if error := future.exception():
             path = futures[future]
             errors[path] = f"{type(error).__name__}: {error}".splitlines()[0]
             print(f"{path.stem} stopped: {errors[path]}", file=sys.stderr)
     pool.shutdown()
+    broken = [path for path in errors if errors[path].startswith("BrokenProcessPool")]
+    if broken and len(records) > 1:  # one worker was killed: each run goes on in its own pool
+        args.resume = True
+        for path in broken:
+            del errors[path]
+            errors |= run_all(train, {path: records[path]}, args, score)
     return errors
 
 
@@ -707,14 +737,13 @@ def command(main):
     except KeyboardInterrupt:
         for worker in multiprocessing.active_children():
             worker.kill()
-        print("interrupted: the same command with --resume goes on", file=sys.stderr)
+        print("interrupted: --resume --out DIRECTORY goes on with its runs", file=sys.stderr)
         raise SystemExit(130) from None
 
 
 def start_worker():
     """One torch thread, because the networks are small; and no worker outlives its parent."""
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: os._exit(parent.join() or 1), daemon=True).start()
 
@@ -735,24 +764,28 @@ def finish(records, errors):
     print(f"\n{'method':<10} seeds  {'final':<26}  {'mean of the run':<26}  {'gap':<26}  alignment")
     for method, values in summaries.items():
         columns = torch.stack(values).T.tolist()
-        cells = []
-        for column in columns:
-            one = len(column) == 1 or math.isnan(column[0])  # ppo has no gap
-            spread = "" if one else f" [{show(min(column))}..{show(max(column))}]"
-            cells.append(show(sum(column) / len(column)) + spread)
-        print(f"{method:<10} {len(values):>5}  " + "  ".join(f"{cell:<26}" for cell in cells))
+        cells = [f"{spread(column):<26}" for column in columns]
+        print(f"{method:<10} {len(values):>5}  " + "  ".join(cells))
+    print(f"\nrecords and CSVs: {first.parent}")
     try:
         draw(runs.values(), first.parent / "figure.png")
+        print(f"figure: {first.parent / 'figure.png'}")
     except Exception as error:  # noqa: BLE001 - no matplotlib, or an MPLBACKEND unknown to it
         print(f"no figure: {error}")
-    print(f"\nrecords, CSVs and figure.png are in {first.parent}")
     return 1 if errors else 0
+
+
+def spread(values):
+    """Mean [lowest..highest] of the values that are numbers."""
+    known = [value for value in values if not math.isnan(value)]
+    if not known:
+        return "-"
+    ends = f" [{show(min(known))}..{show(max(known))}]" if len(known) > 1 else ""
+    return show(sum(known) / len(known)) + ends
 
 
 def show(x):
     """A number as a person would write it."""
-    if math.isnan(x):
-        return "-"
     return f"{x:,.0f}" if 100 <= abs(x) < 1e5 else f"{x:.3g}"
 
 

@@ -251,10 +251,9 @@ def settings_of(method, seed, args):
     return settings
 
 
-def pretrain_bases(out, args):
-    """Paths of the base models in OUT/base; those that the runs need are pretrained there."""
-    paths = [out / "base" / f"base_{seed}.pt" for seed in range(BASES)]
-    paths[0].parent.mkdir(exist_ok=True)
+def pretrain_bases(folder, args):
+    """Paths of the base models in a folder; those that the runs need are pretrained there."""
+    paths = [folder / f"base_{seed}.pt" for seed in range(BASES)]
     records = {}
     for seed in range(args.first_seed, args.first_seed + min(args.seeds, BASES)):
         settings = {"task": "lm", "method": "base", "seed": seed % BASES, "steps": PRETRAINING}
@@ -273,6 +272,8 @@ def train_together(records, args):
     dist.broadcast_object_list(shared)
     records, args.base = shared
     errors = {}
+    if RANK == 0:
+        dipod.print_header("reward")
     for number, (path, settings) in enumerate(records.items(), 1):
         try:
             train(settings, path, (number, len(records), 1), args)
@@ -302,14 +303,16 @@ def main():
             load_model(path)
         if args.prompts % WORLD:
             raise ValueError(f"--prompts: expected a multiple of {WORLD} processes")
-        records = dipod.prepare(args, settings_of) if RANK == 0 else None
-        written = {path.resolve() for path in records or ()}
-        if written & {path.resolve() for path in args.base or ()}:
-            raise ValueError("--base: expected no record that this command writes")
+        records = dipod.prepare(args, settings_of, args.base or ()) if RANK == 0 else None
+        if RANK == 0 and not args.base:
+            bases = next(iter(records)).parent / "base"
+            bases.mkdir(exist_ok=True)
+            for path in bases.glob("*.pt"):
+                load_model(path)
     except (ValueError, OSError, RuntimeError) as error:
         parser.error(str(error).splitlines()[0])
     if RANK == 0 and not args.base:
-        args.base = pretrain_bases(next(iter(records)).parent, args)
+        args.base = pretrain_bases(bases, args)
     if WORLD > 1:
         errors = train_together(records, args)
     else:

@@ -713,17 +713,17 @@ def test_killed_and_resumed_equals_uninterrupted(smoke, tmp_path, capfd):
     assert (cut / "dipod_0.csv").read_text() == (tmp_path / "dipod_0.csv").read_text()
 
 
-def test_a_diverged_run_is_named_and_costs_the_others_nothing(smoke, capfd, monkeypatch):
+def test_a_diverged_run_is_named_and_costs_the_others_nothing(smoke, tmp_path, capfd, monkeypatch):
     for module in ("matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
-    out = smoke["lm"][1]
-    command = ["--methods", "exact", "--first-seed", 1, "--steps", 4, "--lr", 1e30, "--out", out]
-    assert call_main("lm", *command, "--base", out / "base" / "base_0.pt") == 1
+    shutil.copy(smoke["lm"][1] / "fpo_0.pt", tmp_path)
+    command = ["--methods", "exact", "--steps", 4, "--lr", 1e30, "--out", tmp_path]
+    assert call_main("lm", *command, "--base", smoke["lm"][1] / "base" / "base_0.pt") == 1
     output, errors = capfd.readouterr()
     why = "stopped: FloatingPointError: non-finite gradient at step 1\n"
-    assert errors == f"exact_1 {why}"
-    assert f"exact_1: step 0 of 4, {why}" in output
-    assert output.count("\nexact          1  ") == 1  # of seed 0 alone
+    assert errors == f"exact_0 {why}"
+    assert f"exact_0: step 0 of 4, {why}" in output
+    assert "\nfpo            1  " in output and "\nexact  " not in output
     assert "no figure: " in output
 
 
@@ -739,6 +739,8 @@ def test_a_diverged_run_is_named_and_costs_the_others_nothing(smoke, capfd, monk
         ("control", "--out CUT/x", "cut.pt"),
         ("control", "--out CONTROL --methods dipod", "--resume goes on"),
         ("control", "--out CONTROL --methods dipod --resume --steps 8192", "steps 8192"),
+        ("control", "--out CONTROL --methods dipod --first-seed 9 --lr 1", "lr 1"),
+        ("control", "--resume", "--resume: expected an --out"),
         ("control", "--out LM --methods ppo", "expected a checkpoint of control_task.py"),
         ("lm", "--base LM/dipod_0.pt --out LM --methods dipod --overwrite", "--base"),
         ("lm", "--base LM/fpo_0.pt --out LM --methods dipod --resume", "base"),

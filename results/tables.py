@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from statistics import mean, median, stdev
 
-from dipod import show, summary
+from dipod import show, spread, summary
 
 RESULTS = Path(__file__).parent
 COLUMNS = ("final", "mean", "gap", "alignment")  # of `summary`
@@ -33,8 +33,7 @@ def values(name, column, method):
 
 def average(column, method, name):
     """Mean [lowest..highest seed]."""
-    found = [x for x in values(name, column, method).values() if not math.isnan(x)]
-    return f"{show(mean(found))} [{show(min(found))}..{show(max(found))}]" if found else "-"
+    return spread(values(name, column, method).values())
 
 
 def difference(column, method, other, name):
@@ -102,8 +101,7 @@ def first_gaps(*names):
     for name in names:
         for method, runs in read(name).items():
             gaps = [rows[0]["gap"] for rows in runs.values()]
-            cell = f"{show(mean(gaps))} [{show(min(gaps))}..{show(max(gaps))}]"
-            rows.append([name, method, cell])
+            rows.append([name, method, spread(gaps)])
     return grid(["CSV", "method", "gap before training"], rows)
 
 
