@@ -407,11 +407,10 @@ class FlowPolicy(nn.Module):
         return action if self.mean is None else (action - self.mean(obs)) / self.log_std.exp()
 
     def latent_elbo(self, obs, z, draws):
-        """(B, N), of the flow's part z alone: A * `flow_elbo`, or the Gaussian's log-likelihood."""
+        """(B, N), of the flow's part z alone: A * `flow_elbo`; exact and (B, 1) without a flow."""
         _check_shapes(log_std=(self.log_std, "A"), obs=(obs, "BO"), z=(z, "BA"))
         if not self.flow:
-            log_prob = _NORMAL.log_prob(_upcast(z)).sum(-1, keepdim=True)
-            return log_prob.expand(-1, draws.time.shape[1])
+            return _NORMAL.log_prob(_upcast(z)).sum(-1, keepdim=True)
         return z.shape[1] * flow_elbo(self.velocity(obs), z, draws, self.solver["path"])
 
     def elbo(self, obs, action, draws):
