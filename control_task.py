@@ -46,15 +46,17 @@ TEXTBOOK = {"num_steps": 5, "scale": 0.25}
 ROWS = 20  # about as many rows has a run's record
 
 # beta: whether the loss has DiPOD's regularizer. per_draw: FPO++'s one ratio per draw and "aspo".
-# distill: self-distillation before training, or after each rollout, which is Algorithm 1.
+# distill: self-distillation before training, or after each rollout, which is Algorithm 1. rate: its
+# share of the learning rate. Where the gap is near 0 the gradient is mostly noise, and AdamW's steps
+# do not shrink with it: at the whole learning rate, 32 updates after each rollout ruin the policy.
 METHODS = {
     "ppo": {"beta": False, "per_draw": False, "distill": None},
     "fpo": {"beta": False, "per_draw": False, "distill": None},
     "dipod": {"beta": True, "per_draw": False, "distill": None},
     "fpo++": {"beta": False, "per_draw": True, "distill": None},
     "dipod++": {"beta": True, "per_draw": True, "distill": None},
-    "distill": {"beta": False, "per_draw": True, "distill": "before", "updates": 1000},
-    "interleave": {"beta": False, "per_draw": False, "distill": "after", "updates": 8},
+    "distill": {"beta": False, "per_draw": True, "distill": "before", "updates": 1000, "rate": 1},
+    "interleave": {"beta": False, "per_draw": False, "distill": "after", "updates": 8, "rate": 0.1},
 }
 
 
@@ -219,9 +221,11 @@ def update(policy, value, optimizer, samples, settings):
     return {name: torch.stack([info[name] for info in infos]).mean().item() for name in infos[0]}
 
 
-def self_distill(policy, value, optimizer, obs, updates):
+def self_distill(policy, value, optimizer, obs, settings):
     """Algorithm 1's other half: maximise the ELBO of fresh samples of the flow."""
-    for _ in range(updates):
+    lr = optimizer.param_groups[0]["lr"]
+    optimizer.param_groups[0]["lr"] = settings["rate"] * lr
+    for _ in range(settings["updates"]):
         x = obs[torch.randint(len(obs), (MINIBATCH,), device=obs.device)]
         with torch.no_grad():
             noise = torch.randn(MINIBATCH, policy.log_std.shape[0], device=obs.device)
@@ -229,6 +233,7 @@ def self_distill(policy, value, optimizer, obs, updates):
         elbo = policy.latent_elbo(x, z, draw_flow(z, DRAWS))
         loss, _ = dipod_loss(elbo, elbo, torch.zeros_like(elbo[:, 0]), beta=1.0)
         step_optimizer(optimizer, policy, value, loss)
+    optimizer.param_groups[0]["lr"] = lr
 
 
 def make_policy(settings, obs_dim, action_dim):
@@ -262,7 +267,7 @@ def train(settings, path, place, args):
         returns += finished
         if iteration == 0:  # it only fills the statistics, which change what the networks see
             if settings["distill"] == "before":
-                self_distill(policy, value, optimizer, samples[0], settings["updates"])
+                self_distill(policy, value, optimizer, samples[0], settings)
             continue
         due = iteration in (1, iterations - 1) or (iteration + 1) % max(1, iterations // ROWS) == 0
         measured = {"gap": math.nan, "alignment": math.nan, "entropy": math.nan}
@@ -273,7 +278,7 @@ def train(settings, path, place, args):
         if not math.isfinite(info.pop("norm")):  # once per rollout, or every update waits for a GPU
             raise FloatingPointError(f"non-finite gradient at step {(iteration + 1) * size}")
         if settings["distill"] == "after":
-            self_distill(policy, value, optimizer, samples[0], settings["updates"])
+            self_distill(policy, value, optimizer, samples[0], settings)
         decay.step()
         if due:
             if returns:  # else no episode has ended since the last row
