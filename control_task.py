@@ -47,8 +47,8 @@ ROWS = 20  # about as many rows has a run's record
 
 # beta: whether the loss has DiPOD's regularizer. per_draw: FPO++'s one ratio per draw and "aspo".
 # distill: self-distillation before training, or after each rollout, which is Algorithm 1. rate: its
-# share of the learning rate. Where the gap is near 0 the gradient is mostly noise, and AdamW's steps
-# do not shrink with it: at the whole learning rate, 32 updates after each rollout ruin the policy.
+# share of the learning rate. Small after rollouts, because the gradient is mostly noise where the
+# gap is near 0, and AdamW's steps do not shrink with it.
 METHODS = {
     "ppo": {"beta": False, "per_draw": False, "distill": None},
     "fpo": {"beta": False, "per_draw": False, "distill": None},
@@ -303,7 +303,7 @@ def play(path, episodes, noise_scale=1.0, **kwargs):
     returns, frames = np.full(episodes, np.nan), []
     while np.isnan(returns).any():
         if kwargs and len(frames) < 300:
-            frames.append(envs.render()[0][::2, ::2])  # half the size keeps a GIF under a megabyte
+            frames.append(envs.render()[0][::3, ::3])  # small, so that a GIF is below a megabyte
         noise = noise_scale * torch.randn(episodes, action_dim, generator=generator)
         action = policy.sample(norm(torch.as_tensor(obs, dtype=torch.float32)), noise)
         obs, _, terminated, truncated, info = envs.step(action.numpy())
@@ -322,10 +322,10 @@ def evaluate(paths, gif):
 
         warnings.simplefilter("ignore")  # glfw's: the error below says what is missing
         try:
-            _, frames = play(paths[0], 1, render_mode="rgb_array")
+            _, frames = play(paths[0], 1, render_mode="rgb_array", camera_name="track")
         except Exception as error:  # noqa: BLE001 - it depends on what a screen lacks
             raise ValueError(f"--gif: no picture here, MUJOCO_GL may help ({error})") from None
-        imageio.mimsave(gif, frames, duration=40, loop=0)
+        imageio.mimsave(gif, frames[::3], duration=40, loop=0)
     for path in paths:
         for name, scale in (("with noise", 1.0), ("without", 0.0)):
             returns, _ = play(path, 20, scale)
