@@ -810,5 +810,6 @@ def draw(runs, file):
             axis.set(xlabel="steps", ylabel=column)
             axis.locator_params(axis="x", nbins=4)
     axes[1].set_yscale("symlog", linthresh=1)  # a gap that opens passes 1e6 nats
+    axes[1].yaxis.set_major_formatter("{x:g}")
     axes[0].legend(handles.values(), handles.keys())
     figure.savefig(file, dpi=110)

@@ -12,7 +12,7 @@ import dipod
 
 ROOT = Path(__file__).parent.parent
 RATES = ("1e-3", "2e-3", "8e-3", "1.6e-2")  # beside the default of control_task.py, 4e-3
-RATE_TASKS = {"Reacher-v5": "reacher", "Hopper-v5": "hopper", "HalfCheetah-v5": "halfcheetah"}
+RATE_TASKS = {"Reacher-v5": "reacher", "Hopper-v5": "hopper"}
 
 
 def start(panels, height=2.8):
