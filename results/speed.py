@@ -65,21 +65,21 @@ def stable_baselines3():
 def main():
     """Prints the CSV."""
     torch.set_num_threads(1)
-    measured = {"bare environment": bare_environment}
+    measured = {"environment": bare_environment}
     measured |= {method: lambda method=method: this_project(method) for method in ("dipod", "ppo")}
     try:
         import stable_baselines3 as _
 
-        measured["Stable-Baselines3 PPO"] = stable_baselines3
+        measured["stable-baselines3"] = stable_baselines3
     except ImportError:
         print("Stable-Baselines3 is not installed", file=sys.stderr)
     speeds = {name: [] for name in measured}
     for _ in range(3):
         for name, measure in measured.items():
             speeds[name].append(measure())
-    bare = statistics.median(speeds["bare environment"])
+    bare = statistics.median(speeds["environment"])
     write = csv.writer(sys.stdout).writerow
-    write(["what", "steps/s", "of the bare environment"])
+    write(["what", "steps_per_second", "share"])  # of the bare environment's speed
     for name, values in speeds.items():
         speed = statistics.median(values)
         write([name, f"{speed:,.0f}", f"{speed / bare:.2f}"])

@@ -23,9 +23,18 @@ def read(name):
     return runs
 
 
+def finished(runs):
+    """The runs without those that stopped early, which have no final score."""
+    steps = max(rows[-1]["step"] for seeds in runs.values() for rows in seeds.values())
+    return {
+        method: {seed: rows for seed, rows in seeds.items() if rows[-1]["step"] == steps}
+        for method, seeds in runs.items()
+    }
+
+
 def values(name, column, method):
     """{seed: value}; a column that `summary` does not have is that of the last row."""
-    runs = read(name)[method].items()
+    runs = finished(read(name))[method].items()
     if column not in COLUMNS:
         return {seed: rows[-1][column] for seed, rows in runs}
     return {seed: summary(rows)[COLUMNS.index(column)].item() for seed, rows in runs}
@@ -128,8 +137,10 @@ def first_score(rows):
     return next(score for score in scores if not math.isnan(score))
 
 
-def plain(name):
-    """A CSV as it is."""
+def cell(name, row, column):
+    """A cell of a CSV whose first column names the row."""
     with open(RESULTS / f"{name}.csv", newline="") as file:
-        header, *rows = csv.reader(file)
-    return grid(header, rows)
+        for line in csv.DictReader(file):
+            if row in line.values():
+                return line[column]
+    raise KeyError(f"{row} in {name}.csv")
