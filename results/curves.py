@@ -2,15 +2,13 @@
 
     python results/curves.py two_token      # the paper's diagnostic, without and with DiPOD's term
     python results/curves.py two_doors      # likelihood and ELBO over actions of trained policies
-    python results/curves.py without_noise  # returns of trained policies that act without noise
 
-The last two need the runs that `python results/report.py --run control_twodoors` and the like leave
-in runs/evidence.
+The last one needs the runs that `python results/report.py --run control_twodoors` leaves in
+runs/evidence.
 """
 
 import csv
 import sys
-from itertools import product
 from pathlib import Path
 
 import torch
@@ -58,17 +56,6 @@ def two_doors(write):
             write([method, *row])
 
 
-def without_noise(write):
-    """Mean return over 20 episodes that start from the noise 0, of each run and environment."""
-    tasks = ("reacher", "pusher", "pendulum", "halfcheetah", "hopper", "walker")
-    write(["method", "seed", *tasks])
-    for method, seed in product(("dipod", "fpo", "ppo"), range(100, 110)):
-        paths = [RUNS / f"control_{task}" / f"{method}_{seed}.pt" for task in tasks]
-        returns = [control_task.play(path, 20, noise_scale=0.0)[0].mean() for path in paths]
-        write([method, seed, *returns])
-
-
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    tables = {"two_token": two_token, "two_doors": two_doors, "without_noise": without_noise}
-    tables[sys.argv[1]](csv.writer(sys.stdout).writerow)
+    {"two_token": two_token, "two_doors": two_doors}[sys.argv[1]](csv.writer(sys.stdout).writerow)

@@ -61,25 +61,15 @@ def grid(header, rows):
     return "\n" + "\n".join(lines) + "\n"
 
 
-def paired(column, methods, name):
-    """Cells of `compare`: each method's average, and the first one minus each of the others."""
-    first, *others = methods.split(",")
-    cells = [average(column, method, name) for method in (first, *others)]
-    return cells + [difference(column, first, other, name) for other in others]
-
-
 def compare(column, methods, *names):
     """A row for each experiment; the first of METHOD,METHOD... minus each of the others."""
     first, *others = methods.split(",")
-    rows = [[name, *paired(column, methods, name)] for name in names]
+    rows = []
+    for name in names:
+        cells = [average(column, method, name) for method in (first, *others)]
+        differences = [difference(column, first, other, name) for other in others]
+        rows.append([name, *cells, *differences])
     return grid(["CSV", first, *others, *(f"{first} minus {other}" for other in others)], rows)
-
-
-def compare_columns(name, methods, *columns):
-    """As `compare`, with a row for each column of one CSV."""
-    first, *others = methods.split(",")
-    rows = [[column, *paired(column, methods, name)] for column in columns]
-    return grid(["column", first, *others, *(f"{first} minus {other}" for other in others)], rows)
 
 
 def drifts(*names):
