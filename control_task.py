@@ -43,7 +43,7 @@ BETA = 0.3  # in advantage per A * (mean over dimensions) of the flow's ELBO
 # steps and a small factor for the tight flow, because its head does most of the work.
 TIGHT = {"num_steps": 2, "scale": 0.02}
 TEXTBOOK = {"num_steps": 5, "scale": 0.25}
-ROWS = 20  # about as many rows has a run's record
+ROWS = 20  # rows of a run's record, about
 
 # beta: whether the loss has DiPOD's regularizer. per_draw: FPO++'s one ratio per draw and "aspo".
 # distill: self-distillation before training, or after each rollout, which is Algorithm 1. rate: its

@@ -640,8 +640,8 @@ def prepare(args, settings_of, inputs=()):
             raise ValueError(f"{path} exists: --resume goes on from it, --overwrite replaces it")
         # Seeds of one method are averaged, so other seeds have to be runs of the same settings too.
         new = records.get(path) or next((r for r in runs if r["method"] == old["method"]), old)
-        names = old if path in records else old.keys() - {"seed", "base"}
-        changed = [f"{name} {new.get(name)}" for name in names if new.get(name) != old[name]]
+        compared = old if path in records else old.keys() - {"seed", "base"}
+        changed = [f"{name} {new.get(name)}" for name in compared if new.get(name) != old[name]]
         _expect(not changed, "--out", f"the settings of {path}", ", ".join(changed))
     out.mkdir(parents=True, exist_ok=True)
     (out / "writable.partial").touch()

@@ -41,7 +41,7 @@ TARGETS = torch.arange(28)  # what three digits and two signs can reach from 0 o
 HELD_OUT = TARGETS % 4 == 2  # RL never sees every fourth
 RANK = int(os.environ.get("RANK", "0"))  # torchrun's
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
-ROWS = 10  # rows of a run's record; the exact likelihoods of one cost as much as several iterations
+ROWS = 10  # rows of a run's record, about; exact likelihoods cost as much as several iterations
 
 # likelihood: what stands in the ratio. beta: whether the loss has DiPOD's regularizer. positive:
 # negative advantages are set to 0, the control that a sceptic asks for. distill, Algorithm 1: every
