@@ -568,7 +568,7 @@ import signal
 import sys
 import threading
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 # Colour-blind safe (Okabe and Ito); a method has one colour in every figure.
@@ -706,7 +706,7 @@ def print_header(score):
 def run_all(train, records, args, score):
     """Calls train(settings, path, place, args) for all runs in parallel; {path: error} if any."""
     print_header(score)
-    errors, futures = {}, {}
+    errors, futures, broken = {}, {}, []
     spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(min(args.jobs, len(records)), spawn, start_worker)
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit it: Ctrl-C is ours
@@ -715,17 +715,17 @@ def run_all(train, records, args, score):
         futures[pool.submit(train, settings, path, place, args)] = path
     signal.signal(signal.SIGINT, handler)
     for future in as_completed(futures):
-        if error := future.exception():
-            path = futures[future]
+        path, error = futures[future], future.exception()
+        if isinstance(error, BrokenExecutor) and len(records) > 1:
+            broken.append(path)
+        elif error:
             errors[path] = f"{type(error).__name__}: {error}".splitlines()[0]
             print(f"{path.stem} stopped: {errors[path]}", file=sys.stderr)
     pool.shutdown()
-    broken = [path for path in errors if errors[path].startswith("BrokenProcessPool")]
-    if broken and len(records) > 1:  # one worker was killed: each run goes on in its own pool
+    for path in broken:  # one worker was killed, which ends all: each run goes on in its own pool
+        print(f"{path.stem} goes on: a process of this command was killed", file=sys.stderr)
         args.resume = True
-        for path in broken:
-            del errors[path]
-            errors |= run_all(train, {path: records[path]}, args, score)
+        errors |= run_all(train, {path: records[path]}, args, score)
     return errors
 
 

@@ -1,5 +1,6 @@
 """Tests: every formula against brute force, value and gradient; every command as a user runs it."""
 
+import argparse
 import itertools
 import math
 import os
@@ -544,12 +545,23 @@ MODEL = torch.nn.Embedding(4, 3)
         ("beta", lambda: dipod.dipod_loss(BN, BN, B, beta=-0.1)),
         ("clip", lambda: dipod.dipod_loss(BN, BN, B, clip=0.0)),
         ("trust_region", lambda: dipod.dipod_loss(BN, BN, B, trust_region="trpo")),
+        ("distill_elbo", lambda: dipod.dipod_loss(B, B, B, distill_elbo=B[:2])),
+        ("beta", lambda: dipod.spg_loss(BN, B, B, beta=math.nan)),
         ("eubo", lambda: dipod.spg_loss(BN, B[:, None], B)),
+        ("mix", lambda: dipod.spg_loss(BN, B, B, mix=2.0)),
         ("rewards", lambda: dipod.group_advantages(B[:, None])),  # one sample of each prompt
         ("maskable", lambda: dipod.draw_masks(BT > 0, 4)),  # empty completions
         ("mask", lambda: dipod.masked_bounds(MODEL, BT[:, 1:], MASKS, 3)),
         ("tokens", lambda: dipod.masked_elbo(MODEL, BT, MASKS, 0)),  # the mask is a token
         ("maskable", lambda: dipod.exact_likelihood(MODEL, BT, torch.ones(3, 5).tril() > 0, 3)),
+        ("power", lambda: dipod.masked_bounds(MODEL, BT, MASKS, 3, power=0.5)),
+        ("temperature", lambda: dipod.sample_masked(MODEL, BT, 3, temperature=-1.0)),
+        ("action", lambda: dipod.draw_flow(B, 4)),
+        ("num_steps", lambda: dipod.flow_sample(torch.mul, BA, 0)),
+        ("method", lambda: dipod.flow_log_prob(torch.mul, BA, 2, "heun")),
+        ("path", lambda: dipod.flow_elbo(torch.mul, BA, FLOWS, "cosine")),
+        ("min_time", lambda: dipod.flow_bound(torch.mul, BA, FLOWS, min_time=1.0)),
+        ("proxy", lambda: dipod.alignment(B, B.sum(), [])),
         ("time", lambda: dipod.flow_elbo(torch.mul, BA, FlowDraws(BN, FLOWS.noise))),
         ("velocity", lambda: dipod.flow_elbo(lambda x, time: time, BA, FLOWS)),
         ("action", lambda: FlowPolicy(5, 2).elbo(B[:, None].expand(3, 5), B[:, None], FLOWS)),
@@ -727,11 +739,28 @@ def test_a_diverged_run_is_named_and_costs_the_others_nothing(smoke, tmp_path, c
     assert "no figure: " in output
 
 
+def killed_at_first(settings, path, place, args):
+    """A run whose process is killed once, beside one that is not."""
+    if path.stem == "first" and not path.exists():
+        path.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_ends_no_run(tmp_path, capfd):
+    records = {tmp_path / "first.pt": {}, tmp_path / "second.pt": {}}
+    args = argparse.Namespace(jobs=1, resume=False)
+    assert dipod.run_all(killed_at_first, records, args, "reward") == {}
+    said = capfd.readouterr().err.splitlines()
+    assert {line.split(":")[0] for line in said} == {"first goes on", "second goes on"}
+
+
 @pytest.mark.parametrize(
     ("task", "arguments", "said"),
     [
         ("control", "--lr 0", "--lr: expected a finite number"),
         ("control", "--steps 1e5", "--steps: expected a whole number"),
+        ("control", "--beta nan", "--beta: expected a finite number"),
+        ("control", "--methods ppo ppo", "--methods: expected each method once"),
         ("control", "--env CartPole-v1", "--env CartPole-v1: expected vectors and bounded actions"),
         ("control", "--env Nowhere-v0", "--env Nowhere-v0: NameNotFound"),
         ("control", "--eval CUT", "not a checkpoint"),
