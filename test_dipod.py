@@ -420,6 +420,19 @@ def test_flow_sample_against_a_loop_and_flow_log_prob_is_exact_with_the_score(me
     same(log_prob, exact_log_prob(sample, noise.detach()), weights)
 
 
+@pytest.mark.parametrize(
+    ("num_steps", "method", "kept"),
+    [(2, "midpoint", 0.753), (5, "midpoint", 0.977), (10, "euler", 0.953)],
+)
+def test_how_much_of_a_std_of_0_4_the_sampler_keeps_on_the_path_vp(num_steps, method, kept):
+    def velocity(x, time):  # the exact one of normal actions
+        sin, cos = (math.pi / 2 * time).sin(), (math.pi / 2 * time).cos()
+        return sin * cos * (1 - 0.4**2) / (cos**2 * 0.4**2 + sin**2) * x
+
+    action = dipod.flow_sample(velocity, torch.ones(1, 1), num_steps, method, "vp")
+    assert action.item() / 0.4 == pytest.approx(kept, abs=1e-3)
+
+
 @pytest.mark.parametrize("form", [{"tight": True}, {"tight": False}, {"flow": False}])
 def test_policy_has_the_sampler_s_density_and_a_bound_below_it(form):
     policy = make_policy(**form)

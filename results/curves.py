@@ -1,6 +1,7 @@
 """Prints numbers that no run of a task prints, as CSV.
 
     python results/curves.py two_token      # the paper's diagnostic, without and with DiPOD's term
+    python results/curves.py coarse_sampler # rows of runs whose sampler takes two steps, not five
     python results/curves.py two_doors      # likelihood and ELBO over actions of trained policies
 
 The last one needs the runs that `python results/report.py --run control_twodoors` leaves in
@@ -9,7 +10,10 @@ runs/evidence.
 
 import csv
 import sys
+from argparse import Namespace
+from contextlib import redirect_stdout
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -29,6 +33,23 @@ def two_token(write):
         curves = dipod.two_token(beta=beta)
         for update in range(0, len(curves["gap"]), 10):
             write([beta, update, *(curve[update].item() for curve in curves.values())])
+
+
+def coarse_sampler(write):
+    """The rows of `dipod` in control_reacher, but with a sampler of two steps."""
+    control_task.TIGHT["num_steps"] = 2
+    args = Namespace(env="Reacher-v5", policy="tight", steps=500_000, distill=None)
+    args.lr, args.beta = control_task.LEARNING_RATE, control_task.BETA
+    args.device, args.resume = "cpu", False
+    for run in range(5):
+        settings = control_task.settings_of("dipod", 100 + run, args)
+        with TemporaryDirectory() as out, redirect_stdout(sys.stderr):
+            control_task.train(settings, Path(out, "run.pt"), (run + 1, 5, 1), args)
+            rows = dipod.load(Path(out, "run.pt"), "control")["rows"]
+        if run == 0:
+            write(rows[0].keys())
+        for row in rows:
+            write(row.values())
 
 
 def two_doors(write):
@@ -58,4 +79,5 @@ def two_doors(write):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    {"two_token": two_token, "two_doors": two_doors}[sys.argv[1]](csv.writer(sys.stdout).writerow)
+    scripts = {"two_token": two_token, "coarse_sampler": coarse_sampler, "two_doors": two_doors}
+    scripts[sys.argv[1]](csv.writer(sys.stdout).writerow)

@@ -1,6 +1,6 @@
 """DiPOD in rsl_rl: its PPO with a flow policy, on a point mass that has to come to rest.
 
-Return -69.5 -> -5.8 with beta 0.3, -69.5 -> -5.7 with beta 0: no better. 8 s each on one core.
+Return -69.5 -> -5.8 with beta 0.3, -69.5 -> -5.7 with beta 0: no better. 7 s each on one core.
 """
 
 import sys
@@ -23,7 +23,7 @@ class FlowActor(MLPModel):  # rsl_rl's actor with a flow policy in place of its 
 
     def __init__(self, obs, obs_groups, obs_set, num_actions):
         super().__init__(obs, obs_groups, obs_set, num_actions)
-        self.mlp = FlowPolicy(self.obs_dim, num_actions, num_steps=2)
+        self.mlp = FlowPolicy(self.obs_dim, num_actions)
 
     def forward(self, obs, stochastic_output=False):
         x = self.get_latent(obs)
