@@ -48,17 +48,15 @@ TEXTBOOK = {"num_steps": 5, "scale": 0.25}
 ROWS = 20  # rows of a run's record, about
 
 # beta: whether the loss has DiPOD's regularizer. per_draw: FPO++'s one ratio per draw and "aspo".
-# distill: self-distillation before training, or after each rollout, which is Algorithm 1. rate: its
-# share of the learning rate. Small after rollouts, because the gradient is mostly noise where the
-# gap is near 0, and AdamW's steps do not shrink with it.
+# distill: self-distillation before training, or after each rollout, which is Algorithm 1.
 METHODS = {
     "ppo": {"beta": False, "per_draw": False, "distill": None},
     "fpo": {"beta": False, "per_draw": False, "distill": None},
     "dipod": {"beta": True, "per_draw": False, "distill": None},
     "fpo++": {"beta": False, "per_draw": True, "distill": None},
     "dipod++": {"beta": True, "per_draw": True, "distill": None},
-    "distill": {"beta": False, "per_draw": True, "distill": "before", "updates": 1000, "rate": 1},
-    "interleave": {"beta": False, "per_draw": False, "distill": "after", "updates": 8, "rate": 0.1},
+    "distill": {"beta": False, "per_draw": True, "distill": "before", "updates": 1000},
+    "interleave": {"beta": False, "per_draw": False, "distill": "after", "updates": 8},
 }
 
 
@@ -225,8 +223,6 @@ def update(policy, value, optimizer, samples, settings):
 
 def self_distill(policy, value, optimizer, obs, settings):
     """Algorithm 1's other half: maximise the ELBO of fresh samples of the flow."""
-    lr = optimizer.param_groups[0]["lr"]
-    optimizer.param_groups[0]["lr"] = settings["rate"] * lr
     for _ in range(settings["updates"]):
         x = obs[torch.randint(len(obs), (MINIBATCH,), device=obs.device)]
         with torch.no_grad():
@@ -235,7 +231,6 @@ def self_distill(policy, value, optimizer, obs, settings):
         elbo = policy.latent_elbo(x, z, draw_flow(z, DRAWS))
         loss, _ = dipod_loss(elbo, elbo, torch.zeros_like(elbo[:, 0]), beta=1.0)
         step_optimizer(optimizer, policy, value, loss)
-    optimizer.param_groups[0]["lr"] = lr
 
 
 def make_policy(settings, obs_dim, action_dim):
