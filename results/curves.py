@@ -55,9 +55,7 @@ def coarse_sampler(write):
 def two_doors(write):
     """Log-likelihood and ELBO in nats over the action axis.
 
-    A policy that splits its actions folds: two noises can lead to one action, so `log_prob` along
-    the sampler's path misses a part. Here the likelihood is the share of evenly spread noise that
-    ends in each bin. It is -inf where none does.
+    The likelihood is counted: the share of evenly spread noise that ends in each bin.
     """
     write(["method", "action", "log_prob", "elbo"])
     noise = torch.distributions.Normal(0.0, 1.0).icdf((torch.arange(NOISES) + 0.5) / NOISES)

@@ -3,7 +3,7 @@
 import csv
 import math
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, stdev
 
 from dipod import show, spread, summary
 
@@ -33,8 +33,11 @@ def finished(runs):
 
 
 def values(name, column, method):
-    """{seed: value}; a column that `summary` does not have is that of the last row."""
+    """{seed: value}. "first_gap" is that of the first row, before any policy-gradient update; a
+    column that `summary` does not have is that of the last row."""
     runs = finished(read(name))[method].items()
+    if column == "first_gap":
+        return {seed: rows[0]["gap"] for seed, rows in runs}
     if column not in COLUMNS:
         return {seed: rows[-1][column] for seed, rows in runs}
     return {seed: summary(rows)[COLUMNS.index(column)].item() for seed, rows in runs}
@@ -45,14 +48,20 @@ def average(column, method, name):
     return spread(values(name, column, method).values())
 
 
-def difference(column, method, other, name):
-    """Mean paired difference [95 % interval], and on how many seeds it is above 0."""
-    a, b = values(name, column, method), values(name, column, other)
+def difference(column, method, other, name, other_name=None):
+    """Mean paired difference ± its 95 % interval (Student's t), and the number of seeds above 0."""
+    a, b = values(name, column, method), values(other_name or name, column, other)
     differences = [a[seed] - b[seed] for seed in a if seed in b]
     n, centre = len(differences), mean(differences)
     half = STUDENT[n - 2] * stdev(differences) / math.sqrt(n)
     above = sum(d > 0 for d in differences)
-    return f"{show(centre)} [{show(centre - half)}..{show(centre + half)}], {above} of {n}"
+    return f"{show(centre)} ± {show(half)}, {above} of {n}"
+
+
+def opened(method, *names):
+    """How many runs of how many end with a gap above 1 nat."""
+    gaps = [gap for name in names for gap in values(name, "gap", method).values()]
+    return f"{sum(gap > 1 for gap in gaps)} of {len(gaps)}"
 
 
 def grid(header, rows):
@@ -61,64 +70,55 @@ def grid(header, rows):
     return "\n" + "\n".join(lines) + "\n"
 
 
-def compare(column, methods, *names):
-    """A row for each experiment; the first of METHOD,METHOD... minus each of the others."""
+def compare(columns, methods, *names):
+    """A row for each column of each experiment; the first METHOD,METHOD... minus the others."""
     first, *others = methods.split(",")
     rows = []
-    for name in names:
-        cells = [average(column, method, name) for method in (first, *others)]
-        differences = [difference(column, first, other, name) for other in others]
-        rows.append([name, *cells, *differences])
-    return grid(["CSV", first, *others, *(f"{first} minus {other}" for other in others)], rows)
+    for column in columns.split(","):
+        for name in names:
+            cells = [average(column, method, name) for method in (first, *others)]
+            differences = [difference(column, first, other, name) for other in others]
+            rows.append([name, column, *cells, *differences])
+    minus = [f"{first} minus {other}" for other in others]
+    return grid(["CSV", "score", first, *others, *minus], rows)
 
 
 def drifts(*names):
-    """Gap and alignment of dipod and fpo at the end, and how many times dipod's gap fpo's is."""
+    """Gap and alignment of dipod and fpo at the end, and in how many runs the gap is above 1."""
     rows = []
     for name in names:
         cells = [average(c, m, name) for c in ("gap", "alignment") for m in ("dipod", "fpo")]
-        gaps = values(name, "gap", "dipod")
-        times = median(gap / gaps[seed] for seed, gap in values(name, "gap", "fpo").items())
-        rows.append([name, *cells, show(times)])
-    header = ["gap, dipod", "gap, fpo", "alignment, dipod", "alignment, fpo", "times, median"]
-    return grid(["CSV", *header], rows)
+        rows.append([name, *cells, opened("dipod", name), opened("fpo", name)])
+    columns = [f"{c}, {m}" for c in ("gap", "alignment", "above 1") for m in ("dipod", "fpo")]
+    return grid(["CSV", *columns], rows)
 
 
 def methods(names, *more):
-    """A row for each method of NAME,NAME..., with the usual columns and more of the CSVs'."""
+    """A row for each method of NAME,NAME..., or the one of NAME:METHOD; more of the CSVs' columns."""
     columns = (*COLUMNS, *more)
     rows = []
-    for name in names.split(","):
-        for method in read(name):
-            rows.append([name, method, *(average(c, method, name) for c in columns)])
+    for item in names.split(","):
+        name, _, method = item.partition(":")
+        for chosen in [method] if method else read(name):
+            rows.append([name, chosen, *(average(c, chosen, name) for c in columns)])
     return grid(["CSV", "method", *columns], rows)
 
 
-def first_gaps(*names):
-    """Gap in the first row of each method's runs, before any update of the policy gradient."""
-    rows = []
-    for name in names:
-        for method, runs in read(name).items():
-            gaps = [rows[0]["gap"] for rows in runs.values()]
-            rows.append([name, method, spread(gaps)])
-    return grid(["CSV", "method", "gap before training"], rows)
-
-
-def rates(methods, *pairs):
-    """Final score over learning rates, RATE=NAME, and how much the worst of them keeps.
+def rates(methods, tasks, *learning_rates):
+    """Final score over learning rates (CSVs lr_TASK_RATE), and how much the worst of them keeps.
 
     That is (worst - start) / (best - start) of the means; start is the untrained policy's score.
     """
-    names = dict(pair.split("=") for pair in pairs)
     rows = []
-    for method in methods.split(","):
-        finals = [mean(values(name, "final", method).values()) for name in names.values()]
-        runs = read(next(iter(names.values())))[method].values()
-        start = mean(first_score(rows) for rows in runs)
-        kept = (min(finals) - start) / (max(finals) - start)
-        cells = [average("final", method, name) for name in names.values()]
-        rows.append([method, *cells, f"{kept:.2f}"])
-    return grid(["method", *names, "worst over best"], rows)
+    for task in tasks.split(","):
+        names = [f"lr_{task}_{rate}" for rate in learning_rates]
+        for method in methods.split(","):
+            finals = [mean(values(name, "final", method).values()) for name in names]
+            start = mean(first_score(rows) for rows in read(names[0])[method].values())
+            kept = (min(finals) - start) / (max(finals) - start)
+            cells = [average("final", method, name) for name in names]
+            rows.append([f"lr_{task}_*", method, *cells, f"{kept:.2f}"])
+    return grid(["CSV", "method", *learning_rates, "worst over best"], rows)
 
 
 def first_score(rows):
