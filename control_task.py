@@ -38,7 +38,7 @@ GAMMA = 0.99
 LAMBDA = 0.95
 MAX_GRAD_NORM = 0.5
 DRAWS = 2  # (time, noise) of an action: one antithetic pair
-BETA = 0.3  # in advantage per A * (mean over dimensions) of the flow's ELBO
+BETA = 0.3  # in advantage per unit of `FlowPolicy.latent_elbo`
 # Midpoint steps of the sampler, two network calls each, and the factor of the flow's output, which
 # is small in the tight flow, because its head does most of the work. Two steps would do at first,
 # but they shrink a std of z of 0.4 by a quarter, five by 2 %: self-distillation on such samples
@@ -174,8 +174,7 @@ def drift(policy, samples, generator):
     gap = log_prob - policy.bound(obs, action, draws).mean(1)
     advantages = advantages - advantages.mean()
     proxy = (advantages * policy.elbo(obs, action, draws).mean(1)).mean()
-    parameters = [p for p in policy.parameters() if p.requires_grad]
-    cosine = alignment(proxy, (advantages * log_prob).mean(), parameters)
+    cosine = alignment(proxy, (advantages * log_prob).mean(), policy.parameters())
     return {
         "gap": gap.mean().item(),
         "alignment": cosine.item(),
@@ -201,7 +200,8 @@ def update(policy, value, optimizer, samples, settings):
         old_elbo = policy.elbo(obs, action, draws)  # (B, N), once, with the draws of every epoch
         z = policy.standardize(obs, action)  # the flow's part, as sampled
     columns = (obs, action, z, *draws, old_elbo, advantages, returns)
-    beta, trust_region = settings["beta"], "aspo" if settings["per_draw"] else "ppo"
+    beta = settings["beta"]
+    options = {"clip": CLIP, "trust_region": "aspo" if settings["per_draw"] else "ppo"}
     infos = []
     for _ in range(EPOCHS):
         order = torch.randperm(len(obs), device=obs.device)
@@ -214,7 +214,7 @@ def update(policy, value, optimizer, samples, settings):
             if beta:  # without the head, which has no gap and would only lose its std
                 distill = policy.latent_elbo(x, z_old, FlowDraws(time, noise))
             advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
-            loss, info = dipod_loss(elbo, old, advantage, beta, CLIP, trust_region, None, distill)
+            loss, info = dipod_loss(elbo, old, advantage, beta, distill_elbo=distill, **options)
             value_loss = nn.functional.mse_loss(value(x)[:, 0], target)
             info["norm"] = step_optimizer(optimizer, policy, value, loss + value_loss)
             infos.append(info)
@@ -264,7 +264,7 @@ def train(settings, path, place, args):
         returns += finished
         if iteration == 0:  # it only fills the statistics, which change what the networks see
             if settings["distill"] == "before":
-                self_distill(policy, value, optimizer, samples[0], settings)
+                self_distill(policy, value, optimizer, norm(samples[0]), settings)
             continue
         due = iteration in (1, iterations - 1) or (iteration + 1) % max(1, iterations // ROWS) == 0
         measured = {"gap": math.nan, "alignment": math.nan, "entropy": math.nan}
@@ -287,7 +287,7 @@ def train(settings, path, place, args):
 
 @torch.no_grad()
 def play(path, episodes, noise_scale=1.0, **kwargs):
-    """Returns (episodes,) of a trained policy, one episode in each environment, and the frames."""
+    """Episode returns (episodes,) of a trained policy, one in each environment; the frames."""
     state = dipod.load(path, "control")
     obs_dim, action_dim = len(state["norm"]["0.running_mean"]), len(state["policy"]["log_std"])
     policy = make_policy(state["settings"], obs_dim, action_dim)

@@ -13,10 +13,10 @@ RL on a diffusion policy cannot evaluate log pi(a|o). It climbs a lower bound in
 First drift: updates on the proxy let the gap grow. Second drift: where grad gap is not 0, the proxy
 turns away from the true gradient. On policy E[grad log_prob] = 0, so E[grad elbo] = -E[grad gap]:
 the ELBO of one's own samples (self-distillation) only pushes their gap down. DiPOD adds that term
-to every policy-gradient update. `two_token`, at the end, shows it all in 25 lines.
+to every policy-gradient update. `two_token`, section 5, shows it all in 25 lines.
 
-B samples, N draws, T tokens of which L are maskable, V vocabulary, A action dimensions. Likelihoods
-are in nats; higher is better. A wrong shape, name or number is a ValueError that names it. Lines
+Shapes: B samples, N draws, T tokens of which L are maskable, V vocabulary, A action dimensions. In
+a formula A is the advantage. Likelihoods are in nats; higher is better. A wrong shape, name or number is a ValueError that names it. Lines
 that differ from PPO because of DiPOD carry the tag [DiPOD].
 """
 
@@ -56,19 +56,19 @@ def dipod_loss(
     distill_elbo=None,
     max_log_ratio=10.0,
 ):
-    """DiPOD, Algorithm 2: a trust-region surrogate of exp(elbo - old_elbo), and the ELBO.
+    """DiPOD, Algorithm 2: -mean(surrogate(exp(elbo - old_elbo), A)) - beta * mean(distill_elbo).
 
     Args:
         elbo: (B,) for one ratio per sample (FPO: the mean over draws), or (B, N) for one per draw.
-            A sequence's log ratio grows with its length L: for long ones pass ELBOs / L, beta * L.
+            A sequence's log ratio grows with its length L: for long ones pass all ELBOs / L.
         old_elbo: as `elbo`, by the policy that sampled, from the same draws. A constant.
         advantages: (B,).
-        beta: >= 0, in advantage per unit of ELBO: on an ELBO per token the same beta is L times
-            weaker than on one per sequence. beta = 0 is FPO (2507.21053).
+        beta: >= 0, an addition to the advantages (below), the same for ELBOs per sequence and per
+            token; if only `distill_elbo` is per token, beta * L. beta = 0 is FPO (2507.21053).
         clip: > 0, half-width of the trust region of the ratio.
         trust_region: "ppo", "spo" or "aspo", see `_surrogate`.
         weight: (B,) >= 0; a mean over samples is then sum(w*x) / sum(w). So scale the loss of a
-            micro-batch by its sum(w) over the whole sum. Lengths suit ELBOs per token only.
+            micro-batch by its sum(w) over the whole sum. w = length suits ELBOs per token only.
         distill_elbo: (B,) or (B, M), another ELBO for the regularizer: of the part of a policy that
             has a gap (`FlowPolicy.latent_elbo`), or of actions sampled anew.
         max_log_ratio: upper cap of elbo - old_elbo, so that exp stays finite.
@@ -78,14 +78,15 @@ def dipod_loss(
     weight = _checked_weight(advantages, beta, weight, elbo=elbo, distill_elbo=distill_elbo)
     _expect(old_elbo.shape == elbo.shape, "old_elbo", f"{elbo.shape} as elbo", old_elbo.shape)
     _expect(clip > 0, "clip", "a number > 0", clip)
+    _expect(max_log_ratio > 0, "max_log_ratio", "a number > 0", max_log_ratio)
     log_ratio = _select(_upcast(elbo) - old_elbo.detach(), weight)
     excess = (log_ratio - max_log_ratio).clamp(min=0)
-    ratio = (log_ratio - excess.detach()).exp()  # the detached cap leaves the gradient as it is
+    ratio = (log_ratio - excess.detach()).exp()  # at the cap a clamp would have no gradient
     width = clip * torch.ones_like(ratio)  # torch.compile would compile anew for each number
     policy_loss = -_mean(_surrogate(ratio, advantages, width, trust_region), weight)
-    # Before the first update (ratio 1, nothing clipped) the gradient of this loss is that of
-    # -mean((A + beta) * elbo): DiPOD is an advantage shifted by beta. Algorithm 1 alternates two
-    # special cases: beta = 0, and advantages of 0 on fresh samples.
+    # Before the first update (ratio 1, nothing clipped), and if distill_elbo is elbo, the gradient
+    # of this loss is that of -mean((A + beta) * elbo): DiPOD is an advantage shifted by beta.
+    # Algorithm 1 alternates two special cases: beta = 0, and advantages of 0 on fresh samples.
     loss = policy_loss - beta * _mean(distill_elbo, weight)  # [DiPOD]
     info = {"policy_loss": policy_loss, "elbo": _mean(elbo, weight), "ratio": _mean(ratio, weight)}
     info["clip_fraction"] = _mean((ratio - 1).abs() > width, weight)
@@ -104,18 +105,19 @@ def _surrogate(ratio, advantages, clip, trust_region):
 
 def _checked_weight(advantages, beta, weight, **elbos):
     """What both losses check. Returns the weights of the samples (B,), 1 each by default."""
-    weight = torch.ones_like(advantages) if weight is None else weight
-    for name, elbo in elbos.items():
-        letters = "BN" if elbo.dim() == 2 else "B"
-        _check_shapes(advantages=(advantages, "B"), weight=(weight, "B"), **{name: (elbo, letters)})
+    weight = _upcast(torch.ones_like(advantages) if weight is None else weight)
+    shapes = {}
+    for (name, elbo), draws in zip(elbos.items(), "NM"):
+        shapes[name] = (elbo, "B" + draws if elbo.dim() == 2 else "B")
+    _check_shapes(**shapes, advantages=(advantages, "B"), weight=(weight, "B"))
     _expect((beta >= 0) & (beta < math.inf), "beta", "a finite number >= 0", beta)
     usable = (weight >= 0).all() & (weight.sum() > 0) & (weight.sum() < math.inf)
     _expect(usable, "weight", "finite values >= 0 with a sum > 0", weight)
-    return _upcast(weight)
+    return weight
 
 
 def _upcast(x):
-    """float32 or better: in bfloat16 a ratio of 1.17 can come out as 1."""
+    """float32 or better: bfloat16 rounds an ELBO of -40 to a multiple of 0.25."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -163,7 +165,7 @@ def group_advantages(rewards, normalize=True):
 # 2. Masked diffusion (LLaDA, 2502.09992). The sampler reveals one random masked token per step. To
 # estimate its ELBO, draw k uniformly from 1..L, mask k random tokens, and weight them by L / k.
 class MaskDraws(NamedTuple):
-    """Which tokens each draw masks. Keep one for old and new ELBO; index it with the minibatch."""
+    """Which tokens each draw masks. One for old and new ELBO; index both fields by the minibatch."""
 
     mask: Tensor  # (B, N, T) bool
     weight: Tensor  # (B, N) float, L / k
@@ -176,6 +178,7 @@ def draw_masks(maskable, num_draws, generator=None):
     every token that the sampler filled, those after an EOS too: `start == mask_id` of its input.
     """
     _check_shapes(maskable=(maskable, "BT"))
+    _expect(num_draws >= 1, "num_draws", "a number >= 1", num_draws)
     _expect(maskable.any(1).all(), "maskable", "a maskable token in each row", maskable)
     random = {"device": maskable.device, "generator": generator}
     pairs = (num_draws + 1) // 2
@@ -203,8 +206,9 @@ def _masked_log_prob(model, tokens, mask, mask_id):
 def masked_elbo(model, tokens, draws, mask_id):
     """ELBO (B, N) = (L/k) * sum over masked i of log p(x_i | unmasked), in nats per sequence.
 
-    tokens: (B, T) int, as sampled. model: tokens (M, T) -> logits (M, T, V), with dropout off and
-    the same autocast for old and new, or the first ratio is not 1.
+    tokens: (B, T) int, as sampled. model: tokens (M, T) -> logits (M, T, V), which are -inf at
+    mask_id if it is below V; with dropout off and the same autocast for old and new, or the first
+    ratio is not 1.
     """
     mask, weight = draws
     _check_shapes(tokens=(tokens, "BT"), mask=(mask, "BNT"), weight=(weight, "BN"))
@@ -220,7 +224,7 @@ def masked_bounds(model, tokens, draws, mask_id, power=1.0):
     """
     mask, weight = draws
     _check_shapes(tokens=(tokens, "BT"), mask=(mask, "BNT"), weight=(weight, "BN"))
-    _expect(power >= 1, "power", "a number >= 1", power)
+    _expect(1 <= power < math.inf, "power", "a finite number >= 1", power)
     log_p = _masked_log_prob(model, tokens, mask, mask_id)
     terms = (power * log_p + weight.log()[..., None]).masked_fill(~mask, -math.inf)
     log_mean = terms.logsumexp(1) - math.log(mask.shape[1])  # -inf where no draw masks the token
@@ -234,8 +238,8 @@ def masked_bounds(model, tokens, draws, mask_id, power=1.0):
 def sample_masked(model, tokens, mask_id, temperature=1.0, generator=None):
     """Fills every mask_id in tokens (B, T): the policy. A step reveals one token of each row.
 
-    A model that has an output for mask_id must give it logit -inf, or its ELBO is not that of this
-    sampler. temperature: 1, or the samples are off policy; 0 is argmax.
+    It never emits mask_id. So a model that has an output for it must give it logit -inf, or its
+    ELBO is not that of this sampler. temperature: 1, or samples are off policy; 0 is argmax.
     """
     _check_shapes(tokens=(tokens, "BT"))
     _expect(temperature >= 0, "temperature", "a number >= 0", temperature)
@@ -256,7 +260,7 @@ def sample_masked(model, tokens, mask_id, temperature=1.0, generator=None):
     return tokens
 
 
-# 3. Flow policy (FPO, 2507.21053). An ODE carries noise at time 1 to the action at time 0, against
+# 3. Flow policy (FPO, 2507.21053). An ODE carries noise at time 1 to the action at time 0, back along
 # the path x = alpha * action + sigma * noise. "linear" is FPO's: alpha = 1 - time, sigma = time. On
 # "vp", alpha = cos(tau) and sigma = sin(tau), the best velocity for standard normal actions is 0.
 # Networks see time in [0, 1] and return dx/dtau; tau is time on "linear", time * pi/2 on "vp".
@@ -266,18 +270,16 @@ _NORMAL = torch.distributions.Normal(0.0, 1.0, validate_args=False)
 
 
 class FlowDraws(NamedTuple):
-    """Time and noise of each draw. Keep one for old and new ELBO; index it with the minibatch."""
+    """Time and noise of each draw. One for old and new; index both fields by the minibatch."""
 
     time: Tensor  # (B, N, 1) in [0, 1]
     noise: Tensor  # (B, N, A) standard normal
 
 
 def draw_flow(action, num_draws, generator=None):
-    """FlowDraws for actions (B, A), N = num_draws, in pairs of one time and opposite noise.
-
-    Time 1 is all noise, time 0 the action.
-    """
+    """FlowDraws for actions (B, A), N = num_draws, in pairs of one time and opposite noise."""
     _check_shapes(action=(action, "BA"))
+    _expect(num_draws >= 1, "num_draws", "a number >= 1", num_draws)
     random = {"device": action.device, "dtype": action.dtype, "generator": generator}
     pairs = (num_draws + 1) // 2
     time = torch.rand(len(action), pairs, **random)
@@ -308,7 +310,7 @@ def flow_elbo(velocity, action, draws, path="linear"):
     alpha, sigma, d_alpha, d_sigma = _path(_upcast(draws.time), path)
     x = alpha * action[:, None] + sigma * draws.noise
     target = d_alpha * action[:, None] + d_sigma * draws.noise
-    v = velocity(x.to(action.dtype), draws.time)
+    v = velocity(x.to(action.dtype), draws.time.to(action.dtype))
     _check_shapes(noise=(draws.noise, "BNA"), velocity=(v, "BNA"))
     return -(v - target).square().mean(-1)
 
@@ -322,10 +324,10 @@ def _solver(velocity, num_steps, method, path):
 
     def step(x, time):
         v = velocity(x, x.new_full((len(x), 1), time))
+        _check_shapes(noise=(x, "BA"), velocity=(v, "BA"))
         if method == "midpoint":
             middle = x.sub(v, alpha=dtau / 2)
             v = velocity(middle, x.new_full((len(x), 1), time - 0.5 / num_steps))
-        _check_shapes(noise=(x, "BA"), velocity=(v, "BA"))
         return x.sub(v, alpha=dtau)
 
     return step
@@ -458,8 +460,8 @@ def exact_likelihood(model, tokens, maskable, mask_id):
         members = [i for i in range(length) if subset >> i & 1]
         terms = [log_f[subset - 2**i] + log_p[:, i, subset - 2**i] for i in members]
         log_f.append(torch.stack(terms).logsumexp(0) - math.log(length - len(members) + 1))
-    sizes = hidden.sum(1).tolist()
-    share = [1 / (math.comb(length, size) * size) for size in sizes]  # in the two means
+    num_hidden = hidden.sum(1).tolist()
+    share = [1 / (math.comb(length, n) * n) for n in num_hidden]  # in the two means
     return log_f[-1], log_p.sum(1) @ log_p.new_tensor(share)
 
 
@@ -470,7 +472,7 @@ def flow_log_prob(velocity, noise, num_steps, method="midpoint", path="linear", 
     action: the noise that leads there moves with the parameters. So each step is inverted, by one
     Newton step from its stored start, which changes no value and has the inverse's gradient. Pass
     z = (a - mean) / std as `action` to differentiate mean and std too. Rows are independent. If the
-    map from noise to action is not one to one, this is a lower bound.
+    map from noise to action is not one to one, this is a lower bound. Noise is at least float32.
     """
     _check_shapes(noise=(noise, "BA"), action=(noise if action is None else action, "BA"))
     step = _solver(velocity, num_steps, method, path)
@@ -517,9 +519,13 @@ def flow_bound(velocity, action, draws, path="linear", min_time=0.0):
 
 
 def alignment(proxy, true, parameters):
-    """Second drift: cosine of the gradients of mean(A * elbo) and mean(A * log_prob), all 0-d."""
+    """Second drift: cosine of the gradients of mean(A * elbo) and mean(A * log_prob), all 0-d.
+
+    parameters: as of `model.parameters()`; frozen ones do not count.
+    """
     _check_shapes(proxy=(proxy, ""), true=(true, ""))
-    parameters, gradients = list(parameters), []
+    parameters = [p for p in parameters if p.requires_grad]
+    gradients = []
     for y in (proxy, true):
         gradient = torch.autograd.grad(y, parameters, retain_graph=True, materialize_grads=True)
         gradients.append(torch.cat([_upcast(part).flatten() for part in gradient]))
@@ -574,7 +580,8 @@ from pathlib import Path
 
 # Colour-blind safe (Okabe and Ito); a method has one colour in every figure.
 COLORS = {"fpo": "#D55E00", "dipod": "#0072B2", "ppo": "black", "exact": "black"}
-COLORS |= {"positives": "#009E73", "fpo++": "#E69F00", "dipod++": "#56B4E9", "distill": "#CC79A7"}
+COLORS |= {"positives": "#009E73", "fpo++": "#E69F00", "dipod++": "#56B4E9", "distill": "#009E73"}
+COLORS |= {"interleave": "#CC79A7", "spg": "#E69F00", "spg-dipod": "#56B4E9", "d1": "#F0E442"}
 
 
 def task_parser(doc, methods, default):
@@ -591,10 +598,9 @@ def task_parser(doc, methods, default):
     either = parser.add_mutually_exclusive_group().add_argument
     either("--resume", action="store_true", help="go on from the records in --out")
     either("--overwrite", action="store_true", help="replace the records in --out")
-    usable = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.mps.is_available()}
+    usable = {"cuda": torch.cuda.is_available(), "cpu": True, "mps": torch.mps.is_available()}
     devices = [name for name in usable if usable[name]]
-    default = "cuda" if usable["cuda"] else "cpu"
-    add("--device", choices=devices, default=default, help="cuda if there is one, else cpu")
+    add("--device", choices=devices, default=devices[0], help="cuda if there is one, else cpu")
     return parser
 
 
@@ -655,7 +661,7 @@ def prepare(args, settings_of, inputs=()):
 
 
 class Run:
-    """A run's record: METHOD_SEED.pt, all that it goes on from, and METHOD_SEED.csv, its rows."""
+    """A run's record: METHOD_SEED.pt, from which it goes on, and METHOD_SEED.csv, its rows."""
 
     def __init__(self, path, settings, parts, place, resume):
         self.path, self.settings = path, settings
@@ -671,7 +677,10 @@ class Run:
         self.first_step = self.rows[-1]["step"] if self.rows else 0
 
     def add(self, iteration, row):
-        """Saves, the CSV first and both atomically, then prints: a printed row is never lost."""
+        """Saves a row, whose first columns are step, score, gap and alignment, then prints it.
+
+        The CSV comes first, and both files are replaced at once: a printed row is never lost.
+        """
         self.rows.append({"method": self.settings["method"], "seed": self.settings["seed"]} | row)
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state |= {"settings": self.settings, "rows": self.rows, "iteration": iteration}
@@ -790,7 +799,7 @@ def show(x):
 
 
 def summary(rows):
-    """(4,): score over the last tenth of the steps and over all, gap and alignment at the end."""
+    """(4,): score over the last tenth of the steps and over all; gap, alignment over that tenth."""
     table = torch.tensor([list(row.values())[2:6] for row in rows], dtype=torch.float64)
     end = table[table[:, 0] > 0.9 * table[-1, 0]].nanmean(0)
     return torch.stack((end[1], table[:, 1].nanmean(), end[2], end[3]))

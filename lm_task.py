@@ -87,7 +87,7 @@ def text(tokens):
 
 
 class Model(nn.Module):
-    """Bidirectional pre-LN transformer of 0.1 M parameters, tokens (M, T) -> logits (M, T, V)."""
+    """Bidirectional pre-LN transformer of 0.07 M parameters, tokens (M, T) -> logits (M, T, V)."""
 
     def __init__(self, dim=64):
         super().__init__()
@@ -199,9 +199,8 @@ def train(settings, path, place, args):
             beta = 1.0
             updates = settings["distill"]
         batch = (tokens, maskable, dipod.draw_masks(maskable, DRAWS))
-        with torch.no_grad():  # SPG has no ratio
-            bounds = settings["likelihood"] == "bounds"
-            old = None if bounds else likelihood(model, settings["likelihood"], *batch)
+        with torch.no_grad():
+            old = likelihood(model, settings["likelihood"], *batch)  # SPG does not use it
         for _ in range(updates):
             loss, info = loss_of(settings | {"beta": beta}, net, batch, advantages, old)
             optimizer.zero_grad()

@@ -103,9 +103,9 @@ def test_spg_loss_against_a_loop():
 def test_before_the_first_update_dipod_is_an_advantage_shifted_by_beta():
     draws, advantages = leaf(6, 4), leaf(6)
     shifted = -((advantages + 0.3) * draws.mean(1)).mean()
-    for elbo in (draws, draws.mean(1)):
+    for elbo, unit in ((draws, 1), (draws.mean(1), 1), (draws.mean(1) / 7, 7)):
         loss, info = dipod.dipod_loss(elbo, elbo.detach(), advantages, beta=0.3)
-        torch.testing.assert_close(gradient(loss, draws), gradient(shifted, draws))
+        torch.testing.assert_close(unit * gradient(loss, draws), gradient(shifted, draws))
         assert info["ratio"] == 1 and info["clip_fraction"] == 0
 
 
@@ -197,7 +197,7 @@ def test_bfloat16_networks_have_float32_elbos_and_losses():
         draws = FlowDraws(flows.time.to(dtype), flows.noise.to(dtype))
         flow = (lambda x, time: torch.ones_like(x), action.to(dtype), draws)
         elbo, _ = dipod.masked_bounds(lambda x: logits.to(dtype)[x], tokens, masks, 3)
-        losses = both_losses(*elbos.to(dtype), torch.ones(8))
+        losses = both_losses(*elbos.to(dtype), torch.ones(8), torch.full((8,), 3e4).half())
         return [dipod.flow_elbo(*flow), dipod.flow_bound(*flow), elbo, losses]
 
     torch.testing.assert_close(results(torch.bfloat16), results(torch.float32))  # dtypes too
@@ -553,6 +553,9 @@ MODEL = torch.nn.Embedding(4, 3)
     ("argument", "call"),
     [
         ("advantages", lambda: dipod.dipod_loss(B, B, B[:, None])),  # would make (B, B)
+        ("advantages", lambda: dipod.dipod_loss(BN, BN, BN[0])),
+        ("advantages", lambda: dipod.spg_loss(BN, B, B[:1])),
+        ("max_log_ratio", lambda: dipod.dipod_loss(B, B, B, max_log_ratio=math.nan)),
         ("old_elbo", lambda: dipod.dipod_loss(BN, BN[:, :1], B)),
         ("weight", lambda: dipod.spg_loss(BN, B, B, weight=0 * B)),
         ("beta", lambda: dipod.dipod_loss(BN, BN, B, beta=-0.1)),
@@ -569,6 +572,8 @@ MODEL = torch.nn.Embedding(4, 3)
         ("maskable", lambda: dipod.exact_likelihood(MODEL, BT, torch.ones(3, 5).tril() > 0, 3)),
         ("power", lambda: dipod.masked_bounds(MODEL, BT, MASKS, 3, power=0.5)),
         ("temperature", lambda: dipod.sample_masked(MODEL, BT, 3, temperature=-1.0)),
+        ("num_draws", lambda: dipod.draw_masks(BT == 0, 0)),
+        ("num_draws", lambda: dipod.draw_flow(BA, 0)),
         ("action", lambda: dipod.draw_flow(B, 4)),
         ("num_steps", lambda: dipod.flow_sample(torch.mul, BA, 0)),
         ("method", lambda: dipod.flow_log_prob(torch.mul, BA, 2, "heun")),
@@ -577,6 +582,7 @@ MODEL = torch.nn.Embedding(4, 3)
         ("proxy", lambda: dipod.alignment(B, B.sum(), [])),
         ("time", lambda: dipod.flow_elbo(torch.mul, BA, FlowDraws(BN, FLOWS.noise))),
         ("velocity", lambda: dipod.flow_elbo(lambda x, time: time, BA, FLOWS)),
+        ("velocity", lambda: dipod.flow_sample(lambda x, time: x[:, 0], BA, 2)),
         ("action", lambda: FlowPolicy(5, 2).elbo(B[:, None].expand(3, 5), B[:, None], FLOWS)),
     ],
 )
