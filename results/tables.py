@@ -33,11 +33,11 @@ def finished(runs):
 
 
 def values(name, column, method):
-    """{seed: value}. "first_gap" is that of the first row, before any policy-gradient update; a
-    column that `summary` does not have is that of the last row."""
+    """{seed: value}. "first_gap" is the gap of the first row, as "first_" before any column; one
+    that `summary` does not have is that of the last row."""
     runs = finished(read(name))[method].items()
-    if column == "first_gap":
-        return {seed: rows[0]["gap"] for seed, rows in runs}
+    if column.startswith("first_"):
+        return {seed: rows[0][column.removeprefix("first_")] for seed, rows in runs}
     if column not in COLUMNS:
         return {seed: rows[-1][column] for seed, rows in runs}
     return {seed: summary(rows)[COLUMNS.index(column)].item() for seed, rows in runs}
