@@ -16,8 +16,9 @@ the ELBO of one's own samples (self-distillation) only pushes their gap down. Di
 to every policy-gradient update. `two_token`, section 5, shows it all in 25 lines.
 
 Shapes: B samples, N draws, T tokens of which L are maskable, V vocabulary, A action dimensions. In
-a formula A is the advantage. Likelihoods are in nats; higher is better. A wrong shape, name or number is a ValueError that names it. Lines
-that differ from PPO because of DiPOD carry the tag [DiPOD].
+a formula A is the advantage. Likelihoods are in nats; higher is better. A wrong shape, name or
+number is a ValueError that names it. Lines that differ from PPO because of DiPOD carry the tag
+[DiPOD].
 """
 
 import math
@@ -165,7 +166,7 @@ def group_advantages(rewards, normalize=True):
 # 2. Masked diffusion (LLaDA, 2502.09992). The sampler reveals one random masked token per step. To
 # estimate its ELBO, draw k uniformly from 1..L, mask k random tokens, and weight them by L / k.
 class MaskDraws(NamedTuple):
-    """Which tokens each draw masks. One for old and new ELBO; index both fields by the minibatch."""
+    """Which tokens each draw masks. One for old and new; index both fields by the minibatch."""
 
     mask: Tensor  # (B, N, T) bool
     weight: Tensor  # (B, N) float, L / k
@@ -260,9 +261,9 @@ def sample_masked(model, tokens, mask_id, temperature=1.0, generator=None):
     return tokens
 
 
-# 3. Flow policy (FPO, 2507.21053). An ODE carries noise at time 1 to the action at time 0, back along
-# the path x = alpha * action + sigma * noise. "linear" is FPO's: alpha = 1 - time, sigma = time. On
-# "vp", alpha = cos(tau) and sigma = sin(tau), the best velocity for standard normal actions is 0.
+# 3. Flow policy (FPO, 2507.21053). An ODE carries noise at time 1 to the action at time 0, back
+# along the path x = alpha * action + sigma * noise. "linear" is FPO's: alpha = 1 - time, sigma =
+# time. On "vp", alpha = cos(tau) and sigma = sin(tau), a standard normal's best velocity is 0.
 # Networks see time in [0, 1] and return dx/dtau; tau is time on "linear", time * pi/2 on "vp".
 
 _TAU = {"linear": 1.0, "vp": math.pi / 2}  # tau at time 1

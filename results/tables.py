@@ -94,7 +94,7 @@ def drifts(*names):
 
 
 def methods(names, *more):
-    """A row for each method of NAME,NAME..., or the one of NAME:METHOD; more of the CSVs' columns."""
+    """A row for each method of NAME,NAME..., or that of NAME:METHOD; more of the CSVs' columns."""
     columns = (*COLUMNS, *more)
     rows = []
     for item in names.split(","):
