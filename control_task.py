@@ -287,7 +287,7 @@ def train(settings, path, place, args):
 
 @torch.no_grad()
 def play(path, episodes, noise_scale=1.0, **kwargs):
-    """Episode returns (episodes,) of a trained policy, one in each environment; the frames."""
+    """Episode returns (episodes,) of a trained policy, one in each environment, and the frames."""
     state = dipod.load(path, "control")
     obs_dim, action_dim = len(state["norm"]["0.running_mean"]), len(state["policy"]["log_std"])
     policy = make_policy(state["settings"], obs_dim, action_dim)

@@ -31,7 +31,10 @@ def experiments():
 
 
 def run(name, command):
-    """Runs a line of experiments.txt, or what is left of it, and writes its CSV."""
+    """Runs a line of experiments.txt, or what is left in runs/evidence, and writes its CSV.
+
+    What is left includes runs that stopped with an error: delete their records to start anew.
+    """
     words = [sys.executable, *command.split()[1:]]
     target = RESULTS / f"{name}.csv"
     if words[1].startswith("results/"):
@@ -39,7 +42,9 @@ def run(name, command):
         target.write_bytes(printed)
         return
     out = ROOT / "runs" / "evidence" / name
-    subprocess.run([*words, "--out", str(out), "--resume"], cwd=ROOT, check=True)
+    status = subprocess.call([*words, "--out", str(out), "--resume"], cwd=ROOT)
+    if status > 1:  # 1: some run stopped, and its rows up to there belong to the CSV
+        sys.exit(status)
     with open(target, "w", newline="") as file:
         for i, path in enumerate(sorted(out.glob("*.csv"))):
             lines = path.read_text().splitlines(keepends=True)

@@ -33,8 +33,7 @@ def finished(runs):
 
 
 def values(name, column, method):
-    """{seed: value}. "first_gap" is the gap of the first row, as "first_" before any column; one
-    that `summary` does not have is that of the last row."""
+    """{seed: value} of a column of `summary`, of the first row ("first_gap"), or of the last."""
     runs = finished(read(name))[method].items()
     if column.startswith("first_"):
         return {seed: rows[0][column.removeprefix("first_")] for seed, rows in runs}
