@@ -4,7 +4,7 @@
     python results/curves.py coarse_sampler # rows of runs whose sampler takes two steps, not five
     python results/curves.py two_doors      # likelihood and ELBO over actions of trained policies
 
-The last one needs the runs that `python results/report.py --run control_twodoors` leaves in
+The last one needs the runs that `python results/report.py --run control/twodoors` leaves in
 runs/evidence.
 """
 
@@ -36,7 +36,7 @@ def two_token(write):
 
 
 def coarse_sampler(write):
-    """The rows of `dipod` in control_reacher, but with a sampler of two steps."""
+    """The rows of `dipod` in control/reacher, but with a sampler of two steps."""
     control_task.TIGHT["num_steps"] = 2
     args = Namespace(env="Reacher-v5", policy="tight", steps=500_000, distill=None)
     args.lr, args.beta = control_task.LEARNING_RATE, control_task.BETA
@@ -64,7 +64,7 @@ def two_doors(write):
     action = (edges[:-1] + edges[1:]) / 2
     obs = torch.zeros(1, 1)  # all that the environment shows
     for method in ("fpo", "dipod"):
-        state = dipod.load(RUNS / "control_twodoors" / f"{method}_100.pt", "control")
+        state = dipod.load(RUNS / "control" / "twodoors" / f"{method}_100.pt", "control")
         policy = control_task.make_policy(state["settings"], obs_dim=1, action_dim=1)
         policy.load_state_dict(state["policy"])
         samples = policy.sample(obs.expand(NOISES, 1), noise[:, None])

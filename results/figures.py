@@ -38,7 +38,7 @@ def learning_rates():
         for method in ("fpo", "dipod", "ppo"):
             finals = []
             for rate in RATES:
-                values = tables.values(f"lr_{task}_{rate}", "final", method).values()
+                values = tables.values(f"lr_{task}/{rate}", "final", method).values()
                 finals.append((min(values), mean(values), max(values)))
             low, middle, high = zip(*finals)
             x = [float(rate) for rate in RATES]

@@ -4,12 +4,13 @@
     python results/report.py --run lm_main     # first run this line of experiments.txt again
     python results/report.py --check           # only say whether the tables are what the CSVs say
 
-A line of experiments.txt is NAME: COMMAND, and results/NAME.csv has the rows of its runs, or what a
-script prints. A table stands between `<!-- table: FUNCTION ARGUMENTS -->` and `<!-- end -->`, and
-the functions are those of tables.py.
+A line of experiments.txt is NAME: COMMAND or NAME/CASE: COMMAND. results/NAME.csv has the rows of
+the runs of all its cases, or what a script prints. A table stands between
+`<!-- table: FUNCTION ARGUMENTS -->` and `<!-- end -->`, and the functions are those of tables.py.
 """
 
 import argparse
+import csv
 import re
 import subprocess
 import sys
@@ -20,35 +21,57 @@ sys.path.insert(0, str(ROOT))
 import tables
 
 RESULTS = ROOT / "results"
+EVIDENCE = ROOT / "runs" / "evidence"
 READMES = (ROOT / "README.md", RESULTS / "README.md")
 MARKERS = re.compile(r"(<!-- table: (\w+) ([^>]*)-->).*?(<!-- end -->)", re.DOTALL)
 
 
 def experiments():
-    """{name: command} of experiments.txt."""
+    """{line: command} of experiments.txt, where a line is NAME or NAME/CASE."""
     lines = (RESULTS / "experiments.txt").read_text().splitlines()
     return dict(line.split(": ", 1) for line in lines)
 
 
-def run(name, command):
-    """Runs a line of experiments.txt, or what is left in runs/evidence, and writes its CSV.
+def run(line, command):
+    """Runs a line, or what is left of it in runs/evidence, and writes its rows into its CSV.
 
     What is left includes runs that stopped with an error: delete their records to start anew.
     """
     words = [sys.executable, *command.split()[1:]]
-    target = RESULTS / f"{name}.csv"
     if words[1].startswith("results/"):
         printed = subprocess.run(words, cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout
-        target.write_bytes(printed)
+        (RESULTS / f"{line}.csv").write_bytes(printed)
         return
-    out = ROOT / "runs" / "evidence" / name
-    status = subprocess.call([*words, "--out", str(out), "--resume"], cwd=ROOT)
+    status = subprocess.call([*words, "--out", str(EVIDENCE / line), "--resume"], cwd=ROOT)
     if status > 1:  # 1: some run stopped, and its rows up to there belong to the CSV
         sys.exit(status)
+    collect(line)
+
+
+def collect(line):
+    """Replaces the rows of this line in its CSV by those of its records in runs/evidence."""
+    name, _, case = line.partition("/")
+    target = RESULTS / f"{name}.csv"
+    old = read(target) if target.exists() else []
+    rows = [row for row in old if row["case"] != case]
+    for path in sorted((EVIDENCE / line).glob("*.csv")):
+        rows += [{"case": case} | row for row in read(path)]
     with open(target, "w", newline="") as file:
-        for i, path in enumerate(sorted(out.glob("*.csv"))):
-            lines = path.read_text().splitlines(keepends=True)
-            file.writelines(lines[min(i, 1) :])  # one header
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(sorted(rows, key=lambda row: row["case"]))
+
+
+def read(path):
+    """The rows of a CSV."""
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def written(path):
+    """The lines of experiments.txt whose rows are in a CSV."""
+    cases = {row.get("case") for row in read(path)}
+    return {f"{path.stem}/{case}" if case else path.stem for case in cases}
 
 
 def fill(match):
@@ -60,12 +83,14 @@ def fill(match):
 def main():
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run", nargs="+", choices=experiments(), default=[], metavar="NAME")
+    parser.add_argument("--run", nargs="+", choices=experiments(), default=[], metavar="LINE")
     parser.add_argument("--check", action="store_true", help="exit 1 if a table is not up to date")
     args = parser.parse_args()
-    for name in args.run:
-        run(name, experiments()[name])
-    unmatched = {path.stem for path in RESULTS.glob("*.csv")} ^ set(experiments())
+    for line in args.run:
+        run(line, experiments()[line])
+    unmatched = set(experiments())
+    for path in RESULTS.glob("*.csv"):
+        unmatched ^= written(path)
     if unmatched:
         parser.exit(1, f"a CSV without a line, or a line without a CSV: {sorted(unmatched)}\n")
     for path in READMES:

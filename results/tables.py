@@ -13,10 +13,13 @@ STUDENT = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.
 
 
 def read(name):
-    """{method: {seed: rows}}; all values of a row but "method" are numbers."""
+    """{method: {seed: rows}} of NAME or NAME/CASE; all values but "method" are numbers."""
+    name, _, case = name.partition("/")
     runs = {}
     with open(RESULTS / f"{name}.csv", newline="") as file:
         for row in csv.DictReader(file):
+            if row.pop("case", "") != case:
+                continue
             numbers = {key: float(value) for key, value in row.items() if key != "method"}
             seeds = runs.setdefault(row["method"], {})
             seeds.setdefault(int(row["seed"]), []).append({"method": row["method"], **numbers})
@@ -104,19 +107,19 @@ def methods(names, *more):
 
 
 def rates(methods, tasks, *learning_rates):
-    """Final score over learning rates (CSVs lr_TASK_RATE), and how much the worst of them keeps.
+    """Final score over learning rates (lr_TASK/RATE), and how much the worst of them keeps.
 
     That is (worst - start) / (best - start) of the means; start is the untrained policy's score.
     """
     rows = []
     for task in tasks.split(","):
-        names = [f"lr_{task}_{rate}" for rate in learning_rates]
+        names = [f"lr_{task}/{rate}" for rate in learning_rates]
         for method in methods.split(","):
             finals = [mean(values(name, "final", method).values()) for name in names]
             start = mean(first_score(rows) for rows in read(names[0])[method].values())
             kept = (min(finals) - start) / (max(finals) - start)
             cells = [average("final", method, name) for name in names]
-            rows.append([f"lr_{task}_*", method, *cells, f"{kept:.2f}"])
+            rows.append([f"lr_{task}", method, *cells, f"{kept:.2f}"])
     return grid(["CSV", "method", *learning_rates, "worst over best"], rows)
 
 
