@@ -37,7 +37,7 @@ CLIP = 0.2
 GAMMA = 0.99
 LAMBDA = 0.95
 MAX_GRAD_NORM = 0.5
-DRAWS = 2  # (time, noise) of an action: one antithetic pair
+DRAWS = 2  # (time, noise) of an action: one pair of `draw_flow`
 BETA = 0.3  # in advantage per unit of `FlowPolicy.latent_elbo`
 # Midpoint steps of the sampler, two network calls each, and the factor of the flow's output, which
 # is small in the tight flow, because its head does most of the work. Two steps would do at first,

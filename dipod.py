@@ -141,7 +141,7 @@ def spg_loss(elbo, eubo, advantages, beta=0.05, mix=0.5, weight=None):
     Returns: loss, 0-d; info, detached 0-d "policy_loss", "elbo", "eubo".
     """
     weight = _checked_weight(advantages, beta, weight, elbo=elbo)
-    _check_shapes(advantages=(advantages, "B"), eubo=(eubo, "B"))
+    _expect(eubo.shape == weight.shape, "eubo", f"{weight.shape} as advantages", eubo.shape)
     _expect(0 <= mix <= 1, "mix", "a number in [0, 1]", mix)
     elbo = _select(elbo, weight).view(len(elbo), -1).mean(1)
     score = torch.where(advantages > 0, elbo, mix * _select(eubo, weight) + (1 - mix) * elbo)
@@ -278,14 +278,17 @@ class FlowDraws(NamedTuple):
 
 
 def draw_flow(action, num_draws, generator=None):
-    """FlowDraws for actions (B, A), N = num_draws, in pairs of one time and opposite noise."""
+    """FlowDraws for actions (B, A), N = num_draws, in pairs (time, noise), (1 - time, -noise).
+
+    Where the velocity is 0, the mean ELBO of a pair is exact up to a constant: its ratio is exact.
+    """
     _check_shapes(action=(action, "BA"))
     _expect(num_draws >= 1, "num_draws", "a number >= 1", num_draws)
     random = {"device": action.device, "dtype": action.dtype, "generator": generator}
     pairs = (num_draws + 1) // 2
     time = torch.rand(len(action), pairs, **random)
     noise = torch.randn(len(action), pairs, action.shape[1], **random)
-    time = time.repeat_interleave(2, dim=1)[..., None]
+    time = torch.stack((time, 1 - time), 2).flatten(1)[..., None]
     noise = torch.stack((noise, -noise), 2).flatten(1, 2)
     return FlowDraws(time[:, :num_draws], noise[:, :num_draws])
 
@@ -419,7 +422,7 @@ class FlowPolicy(nn.Module):
 
     def elbo(self, obs, action, draws):
         """(B, N), of actions (B, A). On "vp" a velocity of 0 makes it a Gaussian's log-likelihood,
-        up to a constant and in the mean over draws; so it adds to the head's exact log std."""
+        up to a constant and in the mean over a pair; so it adds to the head's exact log std."""
         return self.latent_elbo(obs, self.standardize(obs, action), draws) - self.log_std.sum()
 
     def log_prob(self, obs, noise):

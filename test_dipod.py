@@ -344,7 +344,7 @@ def test_draw_flow_is_uniform_and_normal_in_antithetic_pairs():
     for x, mean, variance in ((time, 1 / 2, 1 / 12), (noise, 0.0, 1.0)):
         assert x.mean(0).numpy() == pytest.approx(mean, abs=0.03)
         assert x.var(0).numpy() == pytest.approx(variance, rel=0.05)
-    assert torch.equal(time[:, 0], time[:, 1]) and torch.equal(noise[:, 0], -noise[:, 1])
+    assert torch.equal(time[:, 0], 1 - time[:, 1]) and torch.equal(noise[:, 0], -noise[:, 1])
     assert time.shape == (20_000, 3, 1) and not torch.equal(time[:, 0], time[:, 2])
 
 
@@ -459,6 +459,16 @@ def test_policy_has_the_sampler_s_density_and_a_bound_below_it(form):
     assert policy.bound(obs, action, draws).mean() < log_prob.mean()
     at_time_0 = policy.velocity(obs)(z, torch.zeros(500, 1))
     assert form["tight"] == (at_time_0 == 0).all()  # or the bound on the path "vp" would diverge
+
+
+def test_one_pair_of_draws_gives_the_gaussian_s_likelihood_to_a_flow_that_starts_tight():
+    flow, gaussian = FlowPolicy(3, 2).double(), FlowPolicy(3, 2, flow=False).double()
+    gaussian.load_state_dict(flow.state_dict())
+    obs, action = leaf(4, 3), leaf(4, 2)
+    draws = dipod.draw_flow(action, 2)
+    constant = (draws.noise[:, 0].square().sum(1) - 2 * math.log(2 * math.pi)) / 2
+    elbo, exact = (policy.elbo(obs, action, draws).mean(1) for policy in (flow, gaussian))
+    same(elbo + constant, exact, obs, action)
 
 
 def test_alignment_by_hand():

@@ -1,7 +1,8 @@
 """Prints numbers that no run of a task prints, as CSV.
 
     python results/curves.py two_token      # the paper's diagnostic, without and with DiPOD's term
-    python results/curves.py coarse_sampler # rows of runs whose sampler takes two steps, not five
+    python results/curves.py coarse_sampler # runs of dipod whose sampler takes two steps, not five
+    python results/curves.py same_time ENV  # runs of dipod whose draws have one time in each pair
     python results/curves.py two_doors      # likelihood and ELBO over actions of trained policies
 
 The last one needs the runs that `python results/report.py --run control/twodoors` leaves in
@@ -38,13 +39,29 @@ def two_token(write):
 def coarse_sampler(write):
     """The rows of `dipod` in control/reacher, but with a sampler of two steps."""
     control_task.TIGHT["num_steps"] = 2
-    args = Namespace(env="Reacher-v5", policy="tight", steps=500_000, distill=None)
+    train_dipod("Reacher-v5", 5, write)
+
+
+def same_time(write, env):
+    """The rows of `dipod` in control/..., but with draws in pairs of one time."""
+
+    def draw_flow(*arguments):
+        time, noise = dipod.draw_flow(*arguments)
+        return dipod.FlowDraws(time[:, ::2].repeat_interleave(2, dim=1), noise)
+
+    control_task.draw_flow = draw_flow
+    train_dipod(env, 10, write)
+
+
+def train_dipod(env, seeds, write):
+    """Runs of 500,000 steps in this process, with seeds from 100 on."""
+    args = Namespace(env=env, policy="tight", steps=500_000, distill=None)
     args.lr, args.beta = control_task.LEARNING_RATE, control_task.BETA
     args.device, args.resume = "cpu", False
-    for run in range(5):
+    for run in range(seeds):
         settings = control_task.settings_of("dipod", 100 + run, args)
         with TemporaryDirectory() as out, redirect_stdout(sys.stderr):
-            control_task.train(settings, Path(out, "run.pt"), (run + 1, 5, 1), args)
+            control_task.train(settings, Path(out, "run.pt"), (run + 1, seeds, 1), args)
             rows = dipod.load(Path(out, "run.pt"), "control")["rows"]
         if run == 0:
             write(rows[0].keys())
@@ -77,5 +94,5 @@ def two_doors(write):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    scripts = {"two_token": two_token, "coarse_sampler": coarse_sampler, "two_doors": two_doors}
-    scripts[sys.argv[1]](csv.writer(sys.stdout).writerow)
+    scripts = {f.__name__: f for f in (two_token, coarse_sampler, same_time, two_doors)}
+    scripts[sys.argv[1]](csv.writer(sys.stdout).writerow, *sys.argv[2:])

@@ -39,8 +39,8 @@ def run(line, command):
     """
     words = [sys.executable, *command.split()[1:]]
     if words[1].startswith("results/"):
-        printed = subprocess.run(words, cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout
-        (RESULTS / f"{line}.csv").write_bytes(printed)
+        printed = subprocess.check_output(words, cwd=ROOT, text=True)
+        replace(line, list(csv.DictReader(printed.splitlines())))
         return
     status = subprocess.call([*words, "--out", str(EVIDENCE / line), "--resume"], cwd=ROOT)
     if status > 1:  # 1: some run stopped, and its rows up to there belong to the CSV
@@ -49,17 +49,25 @@ def run(line, command):
 
 
 def collect(line):
-    """Replaces the rows of this line in its CSV by those of its records in runs/evidence."""
+    """Writes the rows of a line's records in runs/evidence into its CSV."""
+    rows = []
+    for path in sorted((EVIDENCE / line).glob("*.csv")):
+        rows += read(path)
+    replace(line, rows)
+
+
+def replace(line, rows):
+    """Writes the rows of a line into its CSV, in place of those that it has there."""
     name, _, case = line.partition("/")
     target = RESULTS / f"{name}.csv"
-    old = read(target) if target.exists() else []
-    rows = [row for row in old if row["case"] != case]
-    for path in sorted((EVIDENCE / line).glob("*.csv")):
-        rows += [{"case": case} | row for row in read(path)]
+    if case:
+        others = [row for row in read(target) if row["case"] != case] if target.exists() else []
+        rows = others + [{"case": case} | row for row in rows]
+        rows.sort(key=lambda row: row["case"])
     with open(target, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(sorted(rows, key=lambda row: row["case"]))
+        writer.writerows(rows)
 
 
 def read(path):

@@ -1,6 +1,7 @@
 """What can stand in a table of the READMEs; `report.py` calls these with the marker's arguments."""
 
 import csv
+import functools
 import math
 from pathlib import Path
 from statistics import mean, stdev
@@ -12,6 +13,7 @@ COLUMNS = ("final", "mean", "gap", "alignment")  # of `summary`
 STUDENT = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 %, 1 to 9 degrees
 
 
+@functools.cache
 def read(name):
     """{method: {seed: rows}} of NAME or NAME/CASE; all values but "method" are numbers."""
     name, _, case = name.partition("/")
@@ -72,17 +74,28 @@ def grid(header, rows):
     return "\n" + "\n".join(lines) + "\n"
 
 
-def compare(columns, methods, *names):
-    """A row for each column of each experiment; the first METHOD,METHOD... minus the others."""
+def compare(methods, *names):
+    """Final scores of METHOD,METHOD..., then the first minus the others, final and mean."""
     first, *others = methods.split(",")
+    pairs = [(column, other) for column in ("final", "mean") for other in others]
     rows = []
-    for column in columns.split(","):
-        for name in names:
-            cells = [average(column, method, name) for method in (first, *others)]
-            differences = [difference(column, first, other, name) for other in others]
-            rows.append([name, column, *cells, *differences])
-    minus = [f"{first} minus {other}" for other in others]
-    return grid(["CSV", "score", first, *others, *minus], rows)
+    for name in names:
+        cells = [average("final", method, name) for method in (first, *others)]
+        differences = [difference(column, first, other, name) for column, other in pairs]
+        rows.append([name, *cells, *differences])
+    minus = [f"{column}, {first} minus {other}" for column, other in pairs]
+    return grid(["CSV", first, *others, *minus], rows)
+
+
+def versus(method, name, other, *cases):
+    """A method's final scores in two experiments, then the first minus the second."""
+    rows = []
+    for case in cases:
+        names = (f"{name}/{case}", f"{other}/{case}")
+        cells = [average("final", method, each) for each in names]
+        differences = [difference(c, method, method, *names) for c in ("final", "mean")]
+        rows.append([case, *cells, *differences])
+    return grid(["case", name, other, "final, difference", "mean, difference"], rows)
 
 
 def drifts(*names):
