@@ -345,7 +345,7 @@ def main():
     """The command line."""
     parser = dipod.task_parser(__doc__, METHODS, ["fpo", "dipod", "ppo"])
     add, number = parser.add_argument, dipod.number
-    add("--steps", type=number(int, 1), default=200_000, help="environment steps of a run")
+    add("--steps", type=number(int, 1), default=400_000, help="environment steps of a run")
     add("--lr", type=number(float, 1e-9), default=LEARNING_RATE, help="learning rate")
     add("--beta", type=number(float, 0), default=BETA, help="weight of DiPOD's regularizer")
     add("--env", default="Reacher-v5", help="a gymnasium environment with Box spaces")

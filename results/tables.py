@@ -39,9 +39,10 @@ def finished(runs):
 
 def values(name, column, method):
     """{seed: value} of a column of `summary`, of the first row ("first_gap"), or of the last."""
+    if column.startswith("first_"):  # a run that stopped later has it too
+        column = column.removeprefix("first_")
+        return {seed: rows[0][column] for seed, rows in read(name)[method].items()}
     runs = finished(read(name))[method].items()
-    if column.startswith("first_"):
-        return {seed: rows[0][column.removeprefix("first_")] for seed, rows in runs}
     if column not in COLUMNS:
         return {seed: rows[-1][column] for seed, rows in runs}
     return {seed: summary(rows)[COLUMNS.index(column)].item() for seed, rows in runs}
