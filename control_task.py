@@ -40,9 +40,8 @@ MAX_GRAD_NORM = 0.5
 DRAWS = 2  # (time, noise) of an action: one pair of `draw_flow`
 BETA = 0.3  # in advantage per unit of `FlowPolicy.latent_elbo`
 # Midpoint steps of the sampler, two network calls each, and the factor of the flow's output, which
-# is small in the tight flow, because its head does most of the work. Two steps would do at first,
-# but they shrink a std of z of 0.4 by a quarter, five by 2 %: self-distillation on such samples
-# shrinks z more each time, until the steps are too coarse for it and the gap opens.
+# is small in the tight flow, because its head does most of the work. Two steps would shrink a std
+# of z of 0.4 by a quarter, five shrink it by 2 %, and self-distillation learns from such samples.
 TIGHT = {"num_steps": 5, "scale": 0.02}
 TEXTBOOK = {"num_steps": 5, "scale": 0.25}
 ROWS = 20  # rows of a run's record, about
