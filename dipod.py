@@ -280,7 +280,8 @@ class FlowDraws(NamedTuple):
 def draw_flow(action, num_draws, generator=None):
     """FlowDraws for actions (B, A), N = num_draws, in pairs (time, noise), (1 - time, -noise).
 
-    Where the velocity is 0, the mean ELBO of a pair is exact up to a constant: its ratio is exact.
+    Where the velocity is 0, a pair's mean ELBO is the expected one up to a constant in the action,
+    so that a ratio has no noise. action: (B, A), of which only shape, device and dtype matter.
     """
     _check_shapes(action=(action, "BA"))
     _expect(num_draws >= 1, "num_draws", "a number >= 1", num_draws)

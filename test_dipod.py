@@ -349,6 +349,15 @@ def test_draw_flow_is_uniform_and_normal_in_antithetic_pairs():
 
 
 @PATHS
+def test_one_pair_of_draws_gives_a_velocity_of_0_the_expected_elbo_but_for_a_constant(path):
+    action = leaf(4, 2)
+    draws = dipod.draw_flow(action, 2)
+    elbo = dipod.flow_elbo(lambda x, time: 0 * x, action, draws, path).mean(1)
+    expected = -(action.square() + draws.noise[:, 0].square()).mean(1)
+    same(elbo, expected if path == "linear" else expected / 2, action)
+
+
+@PATHS
 def test_flow_elbo_and_flow_bound_against_loops(path):
     def coefficients(time):  # x = alpha * action + sigma * noise, and the derivatives
         if path == "linear":

@@ -45,11 +45,6 @@ def run(line, command):
     status = subprocess.call([*words, "--out", str(EVIDENCE / line), "--resume"], cwd=ROOT)
     if status > 1:  # 1: some run stopped, and its rows up to there belong to the CSV
         sys.exit(status)
-    collect(line)
-
-
-def collect(line):
-    """Writes the rows of a line's records in runs/evidence into its CSV."""
     rows = []
     for path in sorted((EVIDENCE / line).glob("*.csv")):
         rows += read(path)
