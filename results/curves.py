@@ -42,7 +42,7 @@ def coarse_sampler(write):
     train_dipod("Reacher-v5", 5, write)
 
 
-def same_time(write, env):
+def same_time(write, env="Reacher-v5"):
     """The rows of `dipod` in control/..., but with draws in pairs of one time."""
 
     def draw_flow(*arguments):
@@ -54,19 +54,24 @@ def same_time(write, env):
 
 
 def train_dipod(env, seeds, write):
-    """Runs of 500,000 steps in this process, with seeds from 100 on."""
-    args = Namespace(env=env, policy="tight", steps=500_000, distill=None)
-    args.lr, args.beta = control_task.LEARNING_RATE, control_task.BETA
-    args.device, args.resume = "cpu", False
-    for run in range(seeds):
-        settings = control_task.settings_of("dipod", 100 + run, args)
-        with TemporaryDirectory() as out, redirect_stdout(sys.stderr):
-            control_task.train(settings, Path(out, "run.pt"), (run + 1, seeds, 1), args)
-            rows = dipod.load(Path(out, "run.pt"), "control")["rows"]
-        if run == 0:
+    """Writes the rows of runs of 500,000 steps, with seeds from 100 on."""
+    for i in range(seeds):
+        rows = run("dipod", env, 500_000, 100 + i, (i + 1, seeds, 1))
+        if i == 0:
             write(rows[0].keys())
         for row in rows:
             write(row.values())
+
+
+def run(method, env, steps, seed, place=(1, 1, 1)):
+    """A run of control_task.py in this process, diagnostics and record included; its rows."""
+    args = Namespace(env=env, policy="tight", steps=steps, distill=None)
+    args.lr, args.beta = control_task.LEARNING_RATE, control_task.BETA
+    args.device, args.resume = "cpu", False
+    settings = control_task.settings_of(method, seed, args)
+    with TemporaryDirectory() as out, redirect_stdout(sys.stderr):
+        control_task.train(settings, Path(out, "run.pt"), place, args)
+        return dipod.load(Path(out, "run.pt"), "control")["rows"]
 
 
 def two_doors(write):

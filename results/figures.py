@@ -1,6 +1,5 @@
 """The figures in assets/, from the CSVs in results/; `report.py` draws them after its tables."""
 
-import csv
 import math
 from collections import defaultdict
 from pathlib import Path
@@ -52,11 +51,10 @@ def learning_rates():
 def columns(name, key):
     """{value of key: {column: numbers}} of a CSV that `curves.py` printed."""
     found = defaultdict(lambda: defaultdict(list))
-    with open(ROOT / "results" / f"{name}.csv", newline="") as file:
-        for row in csv.DictReader(file):
-            group = found[row.pop(key)]
-            for column, value in row.items():
-                group[column].append(float(value))
+    for row in tables.read_csv(ROOT / "results" / f"{name}.csv"):
+        group = found[row.pop(key)]
+        for column, value in row.items():
+            group[column].append(float(value))
     return found
 
 

@@ -19,8 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import tables
+from tables import RESULTS, read_csv
 
-RESULTS = ROOT / "results"
 EVIDENCE = ROOT / "runs" / "evidence"
 READMES = (ROOT / "README.md", RESULTS / "README.md")
 MARKERS = re.compile(r"(<!-- table: (\w+) ([^>]*)-->).*?(<!-- end -->)", re.DOTALL)
@@ -47,7 +47,9 @@ def run(line, command):
         sys.exit(status)
     rows = []
     for path in sorted((EVIDENCE / line).glob("*.csv")):
-        rows += read(path)
+        rows += read_csv(path)
+    if not rows:
+        sys.exit(f"{line}: every run stopped before its first row")
     replace(line, rows)
 
 
@@ -56,7 +58,7 @@ def replace(line, rows):
     name, _, case = line.partition("/")
     target = RESULTS / f"{name}.csv"
     if case:
-        others = [row for row in read(target) if row["case"] != case] if target.exists() else []
+        others = [row for row in read_csv(target) if row["case"] != case] if target.exists() else []
         rows = others + [{"case": case} | row for row in rows]
         rows.sort(key=lambda row: row["case"])
     with open(target, "w", newline="") as file:
@@ -65,15 +67,9 @@ def replace(line, rows):
         writer.writerows(rows)
 
 
-def read(path):
-    """The rows of a CSV."""
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def written(path):
     """The lines of experiments.txt whose rows are in a CSV."""
-    cases = {row.get("case") for row in read(path)}
+    cases = {row.get("case") for row in read_csv(path)}
     return {f"{path.stem}/{case}" if case else path.stem for case in cases}
 
 

@@ -12,14 +12,13 @@ import csv
 import statistics
 import sys
 import time
-from argparse import Namespace
-from contextlib import redirect_stdout
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import curves
+
 import control_task as task
 
 ENV = "HalfCheetah-v5"
@@ -39,13 +38,9 @@ def bare_environment():
 
 def this_project(method):
     """A run of control_task.py, as it is, diagnostics and record included."""
-    args = Namespace(env=ENV, policy="tight", steps=STEPS, lr=task.LEARNING_RATE, beta=task.BETA)
-    args.device, args.resume, args.distill = "cpu", False, None
-    settings = task.settings_of(method, 0, args)
-    with TemporaryDirectory() as out, redirect_stdout(sys.stderr):
-        started = time.monotonic()
-        task.train(settings, Path(out, "run.pt"), (1, 1, 1), args)
-        return STEPS / (time.monotonic() - started)
+    started = time.monotonic()
+    curves.run(method, ENV, STEPS, seed=0)
+    return STEPS / (time.monotonic() - started)
 
 
 def stable_baselines3():

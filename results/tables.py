@@ -13,18 +13,23 @@ COLUMNS = ("final", "mean", "gap", "alignment")  # of `summary`
 STUDENT = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 %, 1 to 9 degrees
 
 
+def read_csv(path):
+    """The rows of a CSV, as text."""
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
 @functools.cache
 def read(name):
     """{method: {seed: rows}} of NAME or NAME/CASE; all values but "method" are numbers."""
     name, _, case = name.partition("/")
     runs = {}
-    with open(RESULTS / f"{name}.csv", newline="") as file:
-        for row in csv.DictReader(file):
-            if row.pop("case", "") != case:
-                continue
-            numbers = {key: float(value) for key, value in row.items() if key != "method"}
-            seeds = runs.setdefault(row["method"], {})
-            seeds.setdefault(int(row["seed"]), []).append({"method": row["method"], **numbers})
+    for row in read_csv(RESULTS / f"{name}.csv"):
+        if row.pop("case", "") != case:
+            continue
+        numbers = {key: float(value) for key, value in row.items() if key != "method"}
+        seeds = runs.setdefault(row["method"], {})
+        seeds.setdefault(int(row["seed"]), []).append({"method": row["method"], **numbers})
     return runs
 
 
@@ -145,8 +150,5 @@ def first_score(rows):
 
 def cell(name, row, column):
     """A cell of a CSV whose first column names the row."""
-    with open(RESULTS / f"{name}.csv", newline="") as file:
-        for line in csv.DictReader(file):
-            if row in line.values():
-                return line[column]
-    raise KeyError(f"{row} in {name}.csv")
+    lines = read_csv(RESULTS / f"{name}.csv")
+    return next(line[column] for line in lines if row in line.values())
