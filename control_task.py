@@ -17,10 +17,8 @@ import gymnasium as gym
 import mujoco
 import numpy as np
 import torch
-from gymnasium.vector import AutoresetMode
 from gymnasium.wrappers import vector as wrappers
 from torch import nn
-from torch.nn.utils import clip_grad_norm_
 
 import dipod
 from dipod import FlowDraws, FlowPolicy, alignment, dipod_loss, draw_flow, mlp
@@ -31,7 +29,7 @@ from dipod import FlowDraws, FlowPolicy, alignment, dipod_loss, draw_flow, mlp
 NUM_ENVS = 16
 ROLLOUT = 128  # steps of each environment between two rounds of updates
 EPOCHS = 5
-MINIBATCH = 256  # of 2,048 samples, in five epochs: 40 updates on a rollout
+MINIBATCH = 256  # 8 minibatches in each epoch, so 40 updates on a rollout
 LEARNING_RATE = 4e-3  # decays linearly to 0
 CLIP = 0.2
 GAMMA = 0.99
@@ -39,11 +37,7 @@ LAMBDA = 0.95
 MAX_GRAD_NORM = 0.5
 DRAWS = 2  # (time, noise) of an action: one pair of `draw_flow`
 BETA = 0.3  # in advantage per unit of `FlowPolicy.latent_elbo`
-# Midpoint steps of the sampler, two network calls each, and the factor of the flow's output, which
-# is small in the tight flow, because its head does most of the work. Two steps would shrink a std
-# of z of 0.4 by a quarter, five shrink it by 2 %, and self-distillation learns from such samples.
-TIGHT = {"num_steps": 5, "scale": 0.02}
-TEXTBOOK = {"num_steps": 5, "scale": 0.25}
+SCALE = {"tight": 0.02, "textbook": 0.25}  # of the velocity; the tight flow's head does most
 ROWS = 20  # rows of a run's record, about
 
 # beta: whether the loss has DiPOD's regularizer. per_draw: FPO++'s one ratio per draw and "aspo".
@@ -62,12 +56,11 @@ METHODS = {
 class TwoDoors(gym.Env):
     """A door hidden at -0.7 or 0.7 opens to an action within 0.2 of it: reward 1, in four tries.
 
-    Nothing is seen or remembered. One side always finds half of the doors, a coin tossed at every
-    try 15 of 16: the best policy has two modes, and a Gaussian has one.
+    Nothing is seen or remembered. Always the same side finds half of the doors, a random side at
+    each try 15 of 16. So the best policy has two modes, and a Gaussian has one.
     """
 
-    observation_space = gym.spaces.Box(-1, 1, (1,), np.float32)
-    action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+    observation_space = action_space = gym.spaces.Box(-1, 1, (1,))
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -88,8 +81,7 @@ def make_envs(env, num_envs, **kwargs):
     """Vector environment for actions in [-1, 1]; ValueError if the policies cannot act in it."""
     try:
         mujoco.set_mju_user_warning(lambda text: None)  # about gymnasium's own models
-        same_step = {"autoreset_mode": AutoresetMode.SAME_STEP}
-        envs = gym.make_vec(env, num_envs, "sync", vector_kwargs=same_step, **kwargs)
+        envs = gym.make_vec(env, num_envs, "sync", {"autoreset_mode": "SameStep"}, **kwargs)
     except Exception as error:  # noqa: BLE001 - a constructor may raise anything
         raise ValueError(f"--env {env}: {type(error).__name__}: {error}") from None
     spaces = (envs.single_observation_space, envs.single_action_space)
@@ -110,18 +102,8 @@ class RewardNorm(wrappers.NormalizeReward):
         vars(self.return_rms).update(state)
 
 
-def observation_norm(obs_dim):
-    """Normalises by the average mean and variance of the rollouts so far; clipped to 10."""
-    norm = nn.BatchNorm1d(obs_dim, affine=False, momentum=None)
-    return nn.Sequential(norm, nn.Hardtanh(-10.0, 10.0)).eval()
-
-
 def gae(rewards, values, next_values, terminated, done):
-    """Generalised advantage estimates; arguments and result are (S, E).
-
-    next_values are those of the observation that a step led to, the episode's last one where it
-    ended: truncation is not termination, it bootstraps. Nothing flows back from the next episode.
-    """
+    """Generalised advantage estimates (S, E). Truncation is not termination: it bootstraps."""
     delta = rewards + GAMMA * next_values * ~terminated - values
     advantages = torch.empty_like(delta)
     running = torch.zeros_like(delta[0])
@@ -133,25 +115,21 @@ def gae(rewards, values, next_values, terminated, done):
 
 @torch.no_grad()
 def rollout(policy, value, norm, envs, obs):
-    """ROLLOUT steps: samples, the last observation, and the returns of finished episodes.
-
-    Samples are (obs, noise, action, advantages, returns), each (B, ...).
-    """
+    """ROLLOUT steps: samples (B, ...), the last observation, the returns of finished episodes."""
     device = policy.log_std.device
-    action_dim = envs.single_action_space.shape[0]
     steps, returns = [], []
     for _ in range(ROLLOUT):
         raw = torch.as_tensor(obs, dtype=torch.float32, device=device)
-        noise = torch.randn(NUM_ENVS, action_dim, device=device)
+        noise = torch.randn(NUM_ENVS, len(policy.log_std), device=device)
         action = policy.sample(norm(raw), noise)  # unclipped: only the environment clips
         next_obs, reward, terminated, truncated, info = envs.step(action.cpu().numpy())
         done = terminated | truncated
         last = next_obs.copy()
         if done.any():
-            last[done] = np.stack(info["final_obs"][done])
+            last[done] = np.stack(info["final_obs"][done])  # not the next episode's first
             returns += info["episode"]["r"][done].tolist()
-        arrays = (last, reward, terminated, done)
-        steps.append((raw, noise, action, *(torch.as_tensor(a, device=device) for a in arrays)))
+        step = (raw, noise, action, last, reward, terminated, done)
+        steps.append([torch.as_tensor(x, device=device) for x in step])
         obs = next_obs
     raw, noise, action, last, reward, terminated, done = (torch.stack(x) for x in zip(*steps))
     x = norm(raw.flatten(0, 1)).view_as(raw)
@@ -165,7 +143,7 @@ def rollout(policy, value, norm, envs, obs):
 
 
 def drift(policy, samples, generator):
-    """Gap in nats and alignment on samples of the policy, before the updates on them."""
+    """Gap in nats, alignment and entropy on samples of the policy, before the updates on them."""
     some = torch.randperm(len(samples[0]), generator=generator, device=generator.device)[:512]
     obs, noise, action, advantages, _ = (column[some] for column in samples)
     draws = draw_flow(action, 16, generator)
@@ -174,80 +152,75 @@ def drift(policy, samples, generator):
     advantages = advantages - advantages.mean()
     proxy = (advantages * policy.elbo(obs, action, draws).mean(1)).mean()
     cosine = alignment(proxy, (advantages * log_prob).mean(), policy.parameters())
-    return {
-        "gap": gap.mean().item(),
-        "alignment": cosine.item(),
-        "entropy": -log_prob.mean().item(),
-    }
+    measured = {"gap": gap.mean(), "alignment": cosine, "entropy": -log_prob.mean()}
+    return {name: value.item() for name, value in measured.items()}
 
 
 def step_optimizer(optimizer, policy, value, loss):
-    """One update, each network's gradient clipped by itself; the norm of the policy's."""
+    """One update, gradients clipped for each network. Returns the policy's gradient norm."""
     optimizer.zero_grad()
     loss.backward()
-    clip_grad_norm_(value.parameters(), MAX_GRAD_NORM)
-    norm = clip_grad_norm_(policy.parameters(), MAX_GRAD_NORM)
+    nn.utils.clip_grad_norm_(value.parameters(), MAX_GRAD_NORM)
+    grad_norm = nn.utils.clip_grad_norm_(policy.parameters(), MAX_GRAD_NORM)
     optimizer.step()
-    return norm
+    return grad_norm
 
 
 def update(policy, value, optimizer, samples, settings):
-    """PPO's epochs of minibatches on one rollout; means of the loss's info over all of them."""
-    obs, _, action, advantages, returns = samples
+    """PPO's epochs of minibatches on one rollout. Returns the mean of the losses' infos."""
+    obs, _, action, advantages, targets = samples
     draws = draw_flow(action, DRAWS)
     with torch.no_grad():
         old_elbo = policy.elbo(obs, action, draws)  # (B, N), once, with the draws of every epoch
         z = policy.standardize(obs, action)  # the flow's part, as sampled
-    columns = (obs, action, z, *draws, old_elbo, advantages, returns)
+    columns = (obs, action, z, *draws, old_elbo, advantages, targets)
     beta = settings["beta"]
     options = {"clip": CLIP, "trust_region": "aspo" if settings["per_draw"] else "ppo"}
     infos = []
     for _ in range(EPOCHS):
-        order = torch.randperm(len(obs), device=obs.device)
-        minibatches = zip(*(column[order].split(MINIBATCH) for column in columns))
-        for x, a, z_old, time, noise, old, advantage, target in minibatches:
+        for rows in torch.randperm(len(obs), device=obs.device).split(MINIBATCH):
+            x, a, z_old, time, noise, old, advantage, target = (c[rows] for c in columns)
             elbo = policy.elbo(x, a, FlowDraws(time, noise))
             if not settings["per_draw"]:
                 elbo, old = elbo.mean(1), old.mean(1)
-            distill = None
-            if beta:  # without the head, which has no gap and would only lose its std
-                distill = policy.latent_elbo(x, z_old, FlowDraws(time, noise))
+            # Without the head, which has no gap and would only lose its std.
+            distill = policy.latent_elbo(x, z_old, FlowDraws(time, noise)) if beta else None
             advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
             loss, info = dipod_loss(elbo, old, advantage, beta, distill_elbo=distill, **options)
             value_loss = nn.functional.mse_loss(value(x)[:, 0], target)
-            info["norm"] = step_optimizer(optimizer, policy, value, loss + value_loss)
+            info["grad_norm"] = step_optimizer(optimizer, policy, value, loss + value_loss)
             infos.append(info)
     return {name: torch.stack([info[name] for info in infos]).mean().item() for name in infos[0]}
 
 
 def self_distill(policy, value, optimizer, obs, settings):
-    """Algorithm 1's other half: maximise the ELBO of fresh samples of the flow."""
+    """Maximises the ELBO of fresh samples of the flow: the other half of Algorithm 1."""
     for _ in range(settings["updates"]):
         x = obs[torch.randint(len(obs), (MINIBATCH,), device=obs.device)]
         with torch.no_grad():
-            noise = torch.randn(MINIBATCH, policy.log_std.shape[0], device=obs.device)
+            noise = torch.randn(MINIBATCH, len(policy.log_std), device=obs.device)
             z = policy.standardize(x, policy.sample(x, noise))
         elbo = policy.latent_elbo(x, z, draw_flow(z, DRAWS))
         loss, _ = dipod_loss(elbo, elbo, torch.zeros_like(elbo[:, 0]), beta=1.0)
         step_optimizer(optimizer, policy, value, loss)
 
 
-def make_policy(settings, obs_dim, action_dim):
-    """The policy that a run's settings describe."""
+def make_networks(settings, envs):
+    """Policy, value, and a normalisation by the average mean and variance of the rollouts."""
+    obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     flow, tight = settings["method"] != "ppo", settings["policy"] == "tight"
-    shape = TIGHT if tight else TEXTBOOK
-    return FlowPolicy(obs_dim, action_dim, tight or not flow, flow, **shape)
+    scale = SCALE[settings["policy"]]
+    policy = FlowPolicy(obs_dim, action_dim, tight or not flow, flow, scale)
+    norm = nn.BatchNorm1d(obs_dim, affine=False, momentum=None)
+    norm = nn.Sequential(norm, nn.Hardtanh(-10.0, 10.0)).eval()
+    return policy, mlp(obs_dim, 1, 1.0), norm
 
 
 def train(settings, path, place, args):
-    """One run, from its record on if it has one (episodes start anew)."""
+    """One run. A resumed one goes on from its record, but its episodes start anew."""
     torch.manual_seed(settings["seed"])
-    device = torch.device(args.device)
     envs = make_envs(settings["env"], NUM_ENVS)
-    obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
-    policy = make_policy(settings, obs_dim, action_dim).to(device)
-    value = mlp(obs_dim, 1, 1.0).to(device)
-    norm = observation_norm(obs_dim).to(device)
+    policy, value, norm = (net.to(args.device) for net in make_networks(settings, envs))
     weights = [*policy.parameters(), *value.parameters()]
     optimizer = torch.optim.AdamW(weights, settings["lr"], eps=1e-5, weight_decay=0.0, fused=True)
     size = NUM_ENVS * ROLLOUT
@@ -261,17 +234,17 @@ def train(settings, path, place, args):
     for iteration in range(run.iteration, iterations):
         samples, obs, finished = rollout(policy, value, norm, envs, obs)
         returns += finished
-        if iteration == 0:  # it only fills the statistics, which change what the networks see
+        if iteration == 0:  # only for the observation statistics, which change the inputs
             if settings["distill"] == "before":
                 self_distill(policy, value, optimizer, norm(samples[0]), settings)
             continue
         due = iteration in (1, iterations - 1) or (iteration + 1) % max(1, iterations // ROWS) == 0
         measured = {"gap": math.nan, "alignment": math.nan, "entropy": math.nan}
         if due and settings["method"] != "ppo":
-            generator = torch.Generator(device).manual_seed(iteration)  # not the training's
+            generator = torch.Generator(args.device).manual_seed(iteration)  # not the training's
             measured = drift(policy, samples, generator)
         info = update(policy, value, optimizer, samples, settings)
-        if not math.isfinite(info.pop("norm")):  # once per rollout, or every update waits for a GPU
+        if not math.isfinite(info.pop("grad_norm")):  # once per rollout, or updates wait for a GPU
             raise FloatingPointError(f"non-finite gradient at step {(iteration + 1) * size}")
         if settings["distill"] == "after":
             self_distill(policy, value, optimizer, samples[0], settings)
@@ -285,22 +258,19 @@ def train(settings, path, place, args):
 
 
 @torch.no_grad()
-def play(path, episodes, noise_scale=1.0, **kwargs):
-    """Episode returns (episodes,) of a trained policy, one in each environment, and the frames."""
-    state = dipod.load(path, "control")
-    obs_dim, action_dim = len(state["norm"]["0.running_mean"]), len(state["policy"]["log_std"])
-    policy = make_policy(state["settings"], obs_dim, action_dim)
-    policy.load_state_dict(state["policy"])
-    norm = observation_norm(obs_dim)
-    norm.load_state_dict(state["norm"])
+def play(state, episodes, noise_scale=1.0, **kwargs):
+    """Episode returns (episodes,) of a record's policy, one in each environment, and the frames."""
     envs = make_envs(state["settings"]["env"], episodes, **kwargs)
+    policy, _, norm = make_networks(state["settings"], envs)
+    policy.load_state_dict(state["policy"])
+    norm.load_state_dict(state["norm"])
     obs, _ = envs.reset(seed=10**6)
     generator = torch.Generator().manual_seed(0)
     returns, frames = np.full(episodes, np.nan), []
     while np.isnan(returns).any():
         if kwargs and len(frames) < 300:
             frames.append(envs.render()[0][::3, ::3])  # small, so that a GIF is below a megabyte
-        noise = noise_scale * torch.randn(episodes, action_dim, generator=generator)
+        noise = noise_scale * torch.randn(episodes, len(policy.log_std), generator=generator)
         action = policy.sample(norm(torch.as_tensor(obs, dtype=torch.float32)), noise)
         obs, _, terminated, truncated, info = envs.step(action.numpy())
         first = (terminated | truncated) & np.isnan(returns)  # later episodes do not count
@@ -310,31 +280,29 @@ def play(path, episodes, noise_scale=1.0, **kwargs):
 
 
 def evaluate(paths, gif):
-    """Prints returns with the policy's noise and with none; writes an episode of the first one."""
-    for path in paths:
-        dipod.load(path, "control")
+    """Prints returns with the policy's noise and without; writes an episode of the first policy."""
+    states = [dipod.load(path, "control") for path in paths]
     if gif:
         import imageio  # comes with gymnasium[mujoco]
 
         warnings.simplefilter("ignore")  # glfw's: the error below says what is missing
         try:
-            _, frames = play(paths[0], 1, render_mode="rgb_array", camera_name="track")
-        except Exception as error:  # noqa: BLE001 - it depends on what a screen lacks
+            _, frames = play(states[0], 1, render_mode="rgb_array", camera_name="track")
+        except Exception as error:  # noqa: BLE001 - without a display anything may fail
             raise ValueError(f"--gif: no picture here, MUJOCO_GL may help ({error})") from None
         imageio.mimsave(gif, frames[::3], duration=40, loop=0)
-    for path in paths:
+    for path, state in zip(paths, states):
         for name, scale in (("with noise", 1.0), ("without", 0.0)):
-            returns, _ = play(path, 20, scale)
+            returns, _ = play(state, 20, scale)
             spread = f"[{returns.min():.4g}..{returns.max():.4g}]"
             print(f"{path}, 20 episodes {name}: return {returns.mean():.4g} {spread}")
 
 
 def settings_of(method, seed, args):
-    """All that a run depends on; a record goes on under the same settings only."""
+    """The flags that a run depends on. Only a run with the same settings resumes its record."""
     settings = {"task": "control", "method": method, "seed": seed, "env": args.env}
     settings |= {"policy": args.policy, "steps": args.steps, "lr": args.lr} | METHODS[method]
-    if settings["beta"]:
-        settings["beta"] = args.beta
+    settings["beta"] = args.beta if settings["beta"] else False
     if settings["distill"] and args.distill is not None:
         settings["updates"] = args.distill
     return settings
@@ -348,7 +316,7 @@ def main():
     add("--lr", type=number(float, 1e-9), default=LEARNING_RATE, help="learning rate")
     add("--beta", type=number(float, 0), default=BETA, help="weight of DiPOD's regularizer")
     add("--env", default="Reacher-v5", help="a gymnasium environment with Box spaces")
-    add("--policy", choices=("tight", "textbook"), default="tight", help="the flow of all but ppo")
+    add("--policy", choices=SCALE, default="tight", help="the flow of all but ppo")
     add("--distill", type=number(int, 0), metavar="N", help="updates of self-distillation")
     add("--eval", nargs="+", metavar="CHECKPOINT", help="evaluate trained policies, and leave")
     add("--gif", metavar="FILE.gif", help="with --eval: an episode of the first policy")

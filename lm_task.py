@@ -16,13 +16,11 @@ import math
 import os
 import time
 import zlib
-from itertools import product
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 import dipod
 
@@ -30,31 +28,31 @@ CHARS = "0123456789+-:"
 MASK = 13  # an input only: the model has no output for it
 PLUS, MINUS = CHARS.index("+"), CHARS.index("-")
 PROMPT, LENGTH = 3, 5  # tokens of the prompt and of the completion
-TRUTH = 0.7  # share of pretraining expressions whose stated target is right
+TRUTH = 0.7  # share of pretraining expressions with their value as target; else a random one
 BASES = 3  # run s starts from base model s mod 3
 PRETRAINING = 1800  # updates of a base model
 SAMPLES = 8  # G, completions of each prompt
 DRAWS = 4  # masks of a completion, kept for old, new and all inner updates
 CLIP = 0.2
 BETA = 0.3  # in advantage per nat of a sequence's ELBO
-TARGETS = torch.arange(28)  # what three digits and two signs can reach from 0 on
-HELD_OUT = TARGETS % 4 == 2  # RL never sees every fourth
+TARGETS = torch.arange(28)  # all values from 0 on that an expression can have
+HELD_OUT = TARGETS % 4 == 2  # every fourth, which RL never sees
 RANK = int(os.environ.get("RANK", "0"))  # torchrun's
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 ROWS = 10  # rows of a run's record, about; exact likelihoods cost as much as several iterations
 
 # likelihood: what stands in the ratio. beta: whether the loss has DiPOD's regularizer. positive:
-# negative advantages are set to 0, the control that a sceptic asks for. distill, Algorithm 1: every
-# second rollout is for that many updates of self-distillation, so that all sample equally often.
+# negative advantages are set to 0, the control that a sceptic asks for. distill: Algorithm 1, whose
+# every second rollout is for self-distillation, so that all methods have as many rollouts.
 METHODS = {
-    "fpo": {"likelihood": "elbo", "beta": False, "positive": False, "distill": 0},
-    "dipod": {"likelihood": "elbo", "beta": True, "positive": False, "distill": 0},
-    "positives": {"likelihood": "elbo", "beta": False, "positive": True, "distill": 0},
-    "exact": {"likelihood": "exact", "beta": False, "positive": False, "distill": 0},
-    "spg": {"likelihood": "bounds", "beta": False, "positive": False, "distill": 0},
-    "spg-dipod": {"likelihood": "bounds", "beta": True, "positive": False, "distill": 0},
-    "d1": {"likelihood": "one step", "beta": False, "positive": False, "distill": 0},
-    "interleave": {"likelihood": "elbo", "beta": False, "positive": False, "distill": 2},
+    "fpo": {"likelihood": "elbo", "beta": False, "positive": False, "distill": False},
+    "dipod": {"likelihood": "elbo", "beta": True, "positive": False, "distill": False},
+    "positives": {"likelihood": "elbo", "beta": False, "positive": True, "distill": False},
+    "exact": {"likelihood": "exact", "beta": False, "positive": False, "distill": False},
+    "spg": {"likelihood": "bounds", "beta": False, "positive": False, "distill": False},
+    "spg-dipod": {"likelihood": "bounds", "beta": True, "positive": False, "distill": False},
+    "d1": {"likelihood": "one step", "beta": False, "positive": False, "distill": False},
+    "interleave": {"likelihood": "elbo", "beta": False, "positive": False, "distill": True},
 }
 
 
@@ -79,11 +77,6 @@ def start_tokens(targets):
     tokens[:, 1] = targets % 10
     tokens[:, 2] = CHARS.index(":")
     return tokens
-
-
-def text(tokens):
-    """The characters of one row."""
-    return "".join((CHARS + "_")[token] for token in tokens.tolist())
 
 
 class Model(nn.Module):
@@ -112,8 +105,8 @@ def pretrain(settings, path, place, args):
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps, pct_start=0.1)
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
     run = dipod.Run(path, settings, parts, place, resume=True)
-    signs = (PLUS, MINUS)
-    completions = torch.tensor(list(product(range(10), signs, range(10), signs, range(10))))
+    digits, signs = torch.arange(10), torch.tensor([PLUS, MINUS])
+    completions = torch.cartesian_prod(digits, signs, digits, signs, digits)
     completions = completions[values(completions) >= 0]
     for step in range(run.iteration + 1, steps + 1):
         chosen = completions[torch.randint(len(completions), (256,))]
@@ -146,11 +139,10 @@ def drift(model, tokens, maskable, advantages):
     """Exact gap and alignment on a rollout, before the updates on it."""
     log_prob, elbo = dipod.exact_likelihood(model, tokens, maskable, MASK)
     proxy, true = (advantages * elbo).mean(), (advantages * log_prob).mean()
-    return {
-        "gap": (log_prob - elbo).mean().item(),
-        "alignment": dipod.alignment(proxy, true, model.parameters()).item(),
-        "log_prob": log_prob.mean().item(),
-    }
+    cosine = dipod.alignment(proxy, true, model.parameters())
+    gap = (log_prob - elbo).mean()
+    measured = {"gap": gap, "alignment": cosine, "log_prob": log_prob.mean()}
+    return {name: value.item() for name, value in measured.items()}
 
 
 def sample(model, targets, each, generator=None):
@@ -160,21 +152,11 @@ def sample(model, targets, each, generator=None):
     return tokens, start == MASK, rewards(tokens)
 
 
-def loss_of(settings, model, batch, advantages, old):
-    """The loss of a run's method on a rollout, batch = (tokens, maskable, draws)."""
-    if settings["likelihood"] == "bounds":
-        tokens, _, draws = batch
-        elbo, eubo = dipod.masked_bounds(model, tokens, draws, MASK, power=1.5)
-        return dipod.spg_loss(elbo, eubo, advantages, settings["beta"])
-    new = likelihood(model, settings["likelihood"], *batch)
-    return dipod.dipod_loss(new, old, advantages, settings["beta"], CLIP)
-
-
 def train(settings, path, place, args):
-    """One run of RL from a base model, from its record on if it has one."""
+    """One run of RL from a base model. A resumed one goes on from its record."""
     torch.manual_seed(settings["seed"])
     model = load_model(args.base[settings["seed"] % len(args.base)], args.device)
-    net = DistributedDataParallel(model) if WORLD > 1 else model  # gradients: the processes' mean
+    net = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model  # averages gradients
     optimizer = torch.optim.AdamW(model.parameters(), settings["lr"], weight_decay=0.01, fused=True)
     final_rate = 0.0 if settings["decay"] else 1.0
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, final_rate, settings["steps"])
@@ -182,7 +164,8 @@ def train(settings, path, place, args):
     run = dipod.Run(path, settings, parts, place, args.resume)
     if RANK > 0:  # other prompts than those of rank 0, which alone keeps a record
         torch.manual_seed(settings["seed"] + 1000 * RANK + run.iteration)
-    targets, history = TARGETS[~HELD_OUT], []
+    targets, kind = TARGETS[~HELD_OUT], settings["likelihood"]
+    history = []
     for step in range(run.iteration + 1, settings["steps"] + 1):
         chosen = targets[torch.randint(len(targets), (settings["prompts"] // WORLD,))]
         tokens, maskable, right = sample(model, chosen, SAMPLES)
@@ -198,11 +181,16 @@ def train(settings, path, place, args):
             advantages = torch.zeros_like(advantages)
             beta = 1.0
             updates = settings["distill"]
-        batch = (tokens, maskable, dipod.draw_masks(maskable, DRAWS))
+        draws = dipod.draw_masks(maskable, DRAWS)
         with torch.no_grad():
-            old = likelihood(model, settings["likelihood"], *batch)  # SPG does not use it
+            old = likelihood(model, kind, tokens, maskable, draws)  # SPG does not use it
         for _ in range(updates):
-            loss, info = loss_of(settings | {"beta": beta}, net, batch, advantages, old)
+            if kind == "bounds":
+                elbo, eubo = dipod.masked_bounds(net, tokens, draws, MASK, power=1.5)
+                loss, info = dipod.spg_loss(elbo, eubo, advantages, beta)
+            else:
+                new = likelihood(net, kind, tokens, maskable, draws)
+                loss, info = dipod.dipod_loss(new, old, advantages, beta, CLIP)
             optimizer.zero_grad()
             loss.backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -232,19 +220,20 @@ def load_model(path, device="cpu"):
 def show(path):
     """Six completions of a model."""
     tokens, _, right = sample(load_model(path), TARGETS[2::5], 1, torch.Generator().manual_seed(0))
-    marks = ["right" if r else "wrong" for r in right]
-    print(f"{path.stem:<12}", ", ".join(f"{text(row)} {m}" for row, m in zip(tokens, marks)))
+    completions = []
+    for row, reward in zip(tokens.tolist(), right.tolist()):
+        text = "".join(CHARS[token] for token in row)
+        completions.append(f"{text} {'right' if reward else 'wrong'}")
+    print(f"{path.stem:<12}", ", ".join(completions))
 
 
 def settings_of(method, seed, args):
-    """All that a run depends on; a record goes on under the same settings only."""
+    """The flags that a run depends on. Only a run with the same settings resumes its record."""
     settings = {"task": "lm", "method": method, "seed": seed, "steps": args.steps, "lr": args.lr}
     settings |= {"inner": args.inner, "prompts": args.prompts, "decay": args.decay, "base": None}
     settings |= METHODS[method] | {"processes": WORLD}
-    if settings["beta"]:
-        settings["beta"] = args.beta
-    if settings["distill"] and args.distill is not None:
-        settings["distill"] = args.distill
+    settings["beta"] = args.beta if settings["beta"] else False
+    settings["distill"] = args.distill if settings["distill"] else 0
     if args.base:  # a checksum, because another file can have the same name
         settings["base"] = zlib.crc32(args.base[seed % len(args.base)].read_bytes())
     return settings
@@ -252,6 +241,9 @@ def settings_of(method, seed, args):
 
 def pretrain_bases(folder, args):
     """Paths of the base models in a folder; those that the runs need are pretrained there."""
+    folder.mkdir(exist_ok=True)
+    for path in folder.glob("*.pt"):
+        load_model(path)
     paths = [folder / f"base_{seed}.pt" for seed in range(BASES)]
     records = {}
     for seed in range(args.first_seed, args.first_seed + min(args.seeds, BASES)):
@@ -268,11 +260,11 @@ def train_together(records, args):
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
     shared = [records, args.base]
-    dist.broadcast_object_list(shared)
+    dist.broadcast_object_list(shared)  # those of rank 0
     records, args.base = shared
-    errors = {}
     if RANK == 0:
         dipod.print_header("reward")
+    errors = {}
     for number, (path, settings) in enumerate(records.items(), 1):
         try:
             train(settings, path, (number, len(records), 1), args)
@@ -292,36 +284,32 @@ def main():
     add("--lr", type=number(float, 1e-9), default=3e-4, help="learning rate")
     add("--beta", type=number(float, 0), default=BETA, help="weight of DiPOD's regularizer")
     add("--inner", type=number(int, 1), default=8, help="updates on a rollout")
-    add("--distill", type=number(int, 1), metavar="N", help="interleave: updates that distill")
+    add("--distill", type=number(int, 1), default=2, help="interleave: updates that distill")
     add("--prompts", type=number(int, 1), default=8, help="prompts of a rollout, 8 samples each")
     add("--decay", action="store_true", help="the learning rate decays linearly to 0")
-    add("--base", nargs="+", type=Path, metavar="FILE", help="base models; default: pretrained")
+    add("--base", nargs="+", type=Path, default=[], metavar="FILE", help="default: pretrained")
     args = parser.parse_args()
+    if RANK > 0:  # rank 0 checks, and says what to run
+        return train_together(None, args)
     try:
-        for path in args.base or ():
+        for path in args.base:
             load_model(path)
         if args.prompts % WORLD:
             raise ValueError(f"--prompts: expected a multiple of {WORLD} processes")
-        records = dipod.prepare(args, settings_of, args.base or ()) if RANK == 0 else None
-        if RANK == 0 and not args.base:
-            bases = next(iter(records)).parent / "base"
-            bases.mkdir(exist_ok=True)
-            for path in bases.glob("*.pt"):
-                load_model(path)
+        records = dipod.prepare(args, settings_of, args.base)
+        if not args.base:
+            args.base = pretrain_bases(next(iter(records)).parent / "base", args)
     except (ValueError, OSError, RuntimeError) as error:
         parser.error(str(error).splitlines()[0])
-    if RANK == 0 and not args.base:
-        args.base = pretrain_bases(bases, args)
     if WORLD > 1:
         errors = train_together(records, args)
     else:
         errors = dipod.run_all(train, records, args, "reward")
-    if RANK == 0:
-        status = dipod.finish(records, errors)
-        for path in [*args.base, *records]:
-            if path.exists():
-                show(path)
-        raise SystemExit(status)
+    status = dipod.finish(records, errors)
+    for path in [*args.base, *records]:
+        if path.exists():
+            show(path)
+    raise SystemExit(status)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ runs/evidence.
 """
 
 import csv
+import functools
 import sys
 from argparse import Namespace
 from contextlib import redirect_stdout
@@ -38,7 +39,7 @@ def two_token(write):
 
 def coarse_sampler(write):
     """The rows of `dipod` in control/reacher, but with a sampler of two steps."""
-    control_task.TIGHT["num_steps"] = 2
+    control_task.FlowPolicy = functools.partial(dipod.FlowPolicy, num_steps=2)
     train_dipod("Reacher-v5", 5, write)
 
 
@@ -84,10 +85,11 @@ def two_doors(write):
     edges = torch.linspace(-1.5, 1.5, 151)
     width = edges[1] - edges[0]
     action = (edges[:-1] + edges[1:]) / 2
+    envs = control_task.make_envs("TwoDoors-v0", 1)
     obs = torch.zeros(1, 1)  # all that the environment shows
     for method in ("fpo", "dipod"):
         state = dipod.load(RUNS / "control" / "twodoors" / f"{method}_100.pt", "control")
-        policy = control_task.make_policy(state["settings"], obs_dim=1, action_dim=1)
+        policy, _, _ = control_task.make_networks(state["settings"], envs)
         policy.load_state_dict(state["policy"])
         samples = policy.sample(obs.expand(NOISES, 1), noise[:, None])
         log_prob = (torch.histogram(samples, edges).hist / NOISES / width).log()
