@@ -13,10 +13,10 @@ RL on a diffusion policy cannot evaluate log pi(a|o). It climbs a lower bound in
 First drift: updates on the proxy let the gap grow. Second drift: where grad gap is not 0, the proxy
 turns away from the true gradient. On policy E[grad log_prob] = 0, so E[grad elbo] = -E[grad gap]:
 the ELBO of one's own samples (self-distillation) only pushes their gap down. DiPOD adds that term
-to every policy-gradient update. `two_token`, section 5, shows it all in 25 lines.
+to every policy-gradient update. `two_token`, section 5, shows it all in 30 lines.
 
-Shapes: B samples, N draws, T tokens of which L are maskable, V vocabulary, A action dimensions. In
-a formula A is the advantage. Likelihoods are in nats; higher is better. A wrong shape, name or
+Shapes: B samples, N draws, T tokens of which L are maskable, V vocabulary, O observation and A
+action dimensions. In a formula A is the advantage. Likelihoods are in nats; higher is better. A wrong shape, name or
 number is a ValueError that names it. Lines that differ from PPO because of DiPOD carry the tag
 [DiPOD].
 """
@@ -152,10 +152,7 @@ def spg_loss(elbo, eubo, advantages, beta=0.05, mix=0.5, weight=None):
 
 
 def group_advantages(rewards, normalize=True):
-    """GRPO's advantages (P, G) of rewards (P, G), G >= 2 samples of each of P prompts (2402.03300).
-
-    Rewards minus their group's mean, over (std + 1e-4) if `normalize`; 0 in a group of equals.
-    """
+    """GRPO's advantages (P, G) of rewards (P, G): G >= 2 samples of each prompt (2402.03300)."""
     _check_shapes(rewards=(rewards, "PG"))
     _expect(rewards.shape[1] >= 2, "rewards", "(P, G) with G >= 2", tuple(rewards.shape))
     relative = rewards - rewards[:, :1]  # equal rewards give exact zeros, their mean may not
@@ -166,7 +163,7 @@ def group_advantages(rewards, normalize=True):
 # 2. Masked diffusion (LLaDA, 2502.09992). The sampler reveals one random masked token per step. To
 # estimate its ELBO, draw k uniformly from 1..L, mask k random tokens, and weight them by L / k.
 class MaskDraws(NamedTuple):
-    """Which tokens each draw masks. One for old and new; index both fields by the minibatch."""
+    """Which tokens each draw masks. The same for old and new; index both by the minibatch."""
 
     mask: Tensor  # (B, N, T) bool
     weight: Tensor  # (B, N) float, L / k
@@ -185,7 +182,7 @@ def draw_masks(maskable, num_draws, generator=None):
     pairs = (num_draws + 1) // 2
     length = maskable.sum(1, keepdim=True)  # (B, 1), L
     u = torch.rand(len(maskable), pairs, **random)
-    index = (u * length).long().minimum((length - 1).clamp(min=0))  # k - 1, also where L is 0
+    index = (u * length).long()  # (B, pairs), k - 1
     key = torch.rand(len(maskable), pairs, maskable.shape[1], **random)  # sorts into random order
     key = key.masked_fill(~maskable[:, None], math.inf)
     kth = key.sort(-1).values.gather(-1, index[..., None])  # (B, pairs, 1), key of the k-th token
@@ -271,7 +268,7 @@ _NORMAL = torch.distributions.Normal(0.0, 1.0, validate_args=False)
 
 
 class FlowDraws(NamedTuple):
-    """Time and noise of each draw. One for old and new; index both fields by the minibatch."""
+    """Time and noise of each draw. The same for old and new; index both by the minibatch."""
 
     time: Tensor  # (B, N, 1) in [0, 1]
     noise: Tensor  # (B, N, A) standard normal
@@ -280,8 +277,8 @@ class FlowDraws(NamedTuple):
 def draw_flow(action, num_draws, generator=None):
     """FlowDraws for actions (B, A), N = num_draws, in pairs (time, noise), (1 - time, -noise).
 
-    Where the velocity is 0, a pair's mean ELBO is the expected one up to a constant in the action,
-    so that a ratio has no noise. action: (B, A), of which only shape, device and dtype matter.
+    Where the velocity is 0, the draws only add a constant to a pair's mean ELBO: a ratio has no
+    noise. Of `action` only shape, device and dtype matter.
     """
     _check_shapes(action=(action, "BA"))
     _expect(num_draws >= 1, "num_draws", "a number >= 1", num_draws)
@@ -354,12 +351,11 @@ def flow_sample(velocity, noise, num_steps, method="midpoint", path="linear"):
 
 def mlp(inputs, outputs, last_gain):
     """Tanh network with two hidden layers of 64 and PPO's orthogonal initialisation."""
-    layers = [nn.Linear(inputs, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh()]
-    layers.append(nn.Linear(64, outputs))
-    for layer, gain in zip(layers[::2], (2**0.5, 2**0.5, last_gain)):
+    layers = [nn.Linear(inputs, 64), nn.Linear(64, 64), nn.Linear(64, outputs)]
+    for layer, gain in zip(layers, (2**0.5, 2**0.5, last_gain)):
         nn.init.orthogonal_(layer.weight, gain)
         nn.init.zeros_(layer.bias)
-    return nn.Sequential(*layers)
+    return nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2])
 
 
 class FlowPolicy(nn.Module):
@@ -376,7 +372,8 @@ class FlowPolicy(nn.Module):
     def __init__(self, obs_dim, action_dim, tight=True, flow=True, scale=0.02, num_steps=5):
         super().__init__()
         _expect(tight or flow, "flow", "True in a policy that is not tight", flow)
-        self.flow, self.scale = flow, scale if flow else 0.0
+        self.flow = flow
+        self.scale = scale if flow else 0.0
         self.solver = {"num_steps": num_steps, "path": "vp" if tight else "linear"}
         self.mean = mlp(obs_dim, action_dim, 0.01) if tight else None
         self.log_std = nn.Parameter(torch.zeros(action_dim), requires_grad=tight)
@@ -422,8 +419,7 @@ class FlowPolicy(nn.Module):
         return z.shape[1] * flow_elbo(self.velocity(obs), z, draws, self.solver["path"])
 
     def elbo(self, obs, action, draws):
-        """(B, N), of actions (B, A). On "vp" a velocity of 0 makes it a Gaussian's log-likelihood,
-        up to a constant and in the mean over a pair; so it adds to the head's exact log std."""
+        """(B, N), of actions (B, A): that of z, less the head's log std (a change of variables)."""
         return self.latent_elbo(obs, self.standardize(obs, action), draws) - self.log_std.sum()
 
     def log_prob(self, obs, noise):
@@ -446,7 +442,7 @@ def exact_likelihood(model, tokens, maskable, mask_id):
     F(S) is the probability that the sampler reveals the subset S first: F({}) = 1, F(S + i) +=
     F(S) p(x_i|x_S) / (L - |S|), log_prob = log F(all). elbo is the sum over sizes s of the mean
     over |S| = s of the mean over i not in S of log p(x_i|x_S). maskable: (B, T) bool, the same
-    L <= 14 in each row, for all 2^L - 1 contexts go through the model at once.
+    L <= 14 in each row, because all 2^L - 1 contexts go through the model at once.
     """
     _check_shapes(tokens=(tokens, "BT"), maskable=(maskable, "BT"))
     lengths = maskable.sum(1).tolist()
@@ -465,8 +461,7 @@ def exact_likelihood(model, tokens, maskable, mask_id):
         members = [i for i in range(length) if subset >> i & 1]
         terms = [log_f[subset - 2**i] + log_p[:, i, subset - 2**i] for i in members]
         log_f.append(torch.stack(terms).logsumexp(0) - math.log(length - len(members) + 1))
-    num_hidden = hidden.sum(1).tolist()
-    share = [1 / (math.comb(length, n) * n) for n in num_hidden]  # in the two means
+    share = [1 / (math.comb(length, n) * n) for n in hidden.sum(1).tolist()]  # in the two means
     return log_f[-1], log_p.sum(1) @ log_p.new_tensor(share)
 
 
@@ -524,10 +519,7 @@ def flow_bound(velocity, action, draws, path="linear", min_time=0.0):
 
 
 def alignment(proxy, true, parameters):
-    """Second drift: cosine of the gradients of mean(A * elbo) and mean(A * log_prob), all 0-d.
-
-    parameters: as of `model.parameters()`; frozen ones do not count.
-    """
+    """Second drift: cosine of the gradients of mean(A * elbo) and mean(A * log_prob), all 0-d."""
     _check_shapes(proxy=(proxy, ""), true=(true, ""))
     parameters = [p for p in parameters if p.requires_grad]
     gradients = []
@@ -591,18 +583,17 @@ COLORS |= {"interleave": "#CC79A7", "spg": "#E69F00", "spg-dipod": "#56B4E9", "d
 
 def task_parser(doc, methods, default):
     """The flags that both tasks have. An error is one line, because there is no usage to print."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    options = {"formatter_class": formatter, "allow_abbrev": False}
-    parser = argparse.ArgumentParser(None, argparse.SUPPRESS, doc, **options)
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=doc, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("--methods", nargs="+", choices=methods, default=default, help=", ".join(methods))
     add("--seeds", type=number(int, 1), default=1, metavar="N", help="runs of each method")
     add("--first-seed", type=number(int, 0), default=0, metavar="S", help="seeds S to S + N - 1")
     add("--jobs", type=number(int, 1), default=os.cpu_count(), help="parallel processes")
     add("--out", help="directory of the records (default: a fresh one in runs/)")
-    either = parser.add_mutually_exclusive_group().add_argument
-    either("--resume", action="store_true", help="go on from the records in --out")
-    either("--overwrite", action="store_true", help="replace the records in --out")
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--resume", action="store_true", help="go on from the records in --out")
+    group.add_argument("--overwrite", action="store_true", help="replace the records in --out")
     usable = {"cuda": torch.cuda.is_available(), "cpu": True, "mps": torch.mps.is_available()}
     devices = [name for name in usable if usable[name]]
     add("--device", choices=devices, default=devices[0], help="cuda if there is one, else cpu")
@@ -646,14 +637,13 @@ def prepare(args, settings_of, inputs=()):
         _expect(path.resolve() not in written, "--base", "no record that is written here", path)
     for path in out.glob("*.pt"):
         old = load(path, runs[0]["task"])["settings"]
-        if path in records and args.overwrite:
+        if old["method"] not in args.methods or (path in records and args.overwrite):
             continue
         if path in records and not args.resume:
             raise ValueError(f"{path} exists: --resume goes on from it, --overwrite replaces it")
         # Seeds of one method are averaged, so other seeds have to be runs of the same settings too.
-        new = records.get(path) or next((r for r in runs if r["method"] == old["method"]), old)
-        compared = old if path in records else old.keys() - {"seed", "base"}
-        changed = [f"{name} {new.get(name)}" for name in compared if new.get(name) != old[name]]
+        new = settings_of(old["method"], old["seed"], args)
+        changed = [f"{name} {new.get(name)}" for name in old if new.get(name) != old[name]]
         _expect(not changed, "--out", f"the settings of {path}", ", ".join(changed))
     out.mkdir(parents=True, exist_ok=True)
     (out / "writable.partial").touch()
@@ -682,10 +672,7 @@ class Run:
         self.first_step = self.rows[-1]["step"] if self.rows else 0
 
     def add(self, iteration, row):
-        """Saves a row, whose first columns are step, score, gap and alignment, then prints it.
-
-        The CSV comes first, and both files are replaced at once: a printed row is never lost.
-        """
+        """Saves a row, whose first columns are step, score, gap and alignment, then prints it."""
         self.rows.append({"method": self.settings["method"], "seed": self.settings["seed"]} | row)
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state |= {"settings": self.settings, "rows": self.rows, "iteration": iteration}
@@ -698,22 +685,19 @@ class Run:
         os.replace(partial, self.path.with_suffix(".csv"))
         torch.save(state, partial)
         os.replace(partial, self.path)
-        self.print_row(*list(self.rows[-1].values())[:6])
-
-    def print_row(self, method, seed, step, score, gap, cosine):
-        """One line; the time left is the whole command's."""
+        method, seed, step, score, gap, cosine = list(self.rows[-1].values())[:6]
         number, runs, jobs = self.place
-        steps, seconds = self.settings["steps"], time.monotonic() - self.started
-        speed = (step - self.first_step) / seconds
+        steps = self.settings["steps"]
+        speed = (step - self.first_step) / (time.monotonic() - self.started)
         rounds = (runs - 1) // jobs - (number - 1) // jobs  # of `jobs` runs each, after this one
-        left = int((max(steps - step, 0) + steps * rounds) / speed)
+        left = int((max(steps - step, 0) + steps * rounds) / speed)  # seconds of the whole command
         line = f"{method:<10} {seed:>4} {step:>9} {score:>9.4g} {gap:>9.3g} {cosine:>9.3f}"
         line += f" {speed:>9.0f} {left // 60:>6}:{left % 60:02}  run {number} of {runs}"
         print(line.replace("nan", "  -") + "\n", end="", flush=True)  # one write, never mixed
 
 
 def print_header(score):
-    """The names over `Run.print_row`."""
+    """The names over the rows that `Run.add` prints."""
     header = f"{'method':<10} seed      step {score:>9}  gap/nats alignment   steps/s time left"
     print(header, flush=True)
 
@@ -723,7 +707,7 @@ def run_all(train, records, args, score):
     print_header(score)
     errors, futures, broken = {}, {}, []
     spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(args.jobs, len(records)), spawn, start_worker)
+    pool = ProcessPoolExecutor(args.jobs, spawn, start_worker)
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit it: Ctrl-C is ours
     for number, (path, settings) in enumerate(records.items(), 1):
         place = (number, len(records), args.jobs)
@@ -770,15 +754,15 @@ def finish(records, errors):
         runs[path] = load(path, settings["task"])
     summaries = {}
     for path, run in runs.items():
-        step, steps = run["rows"][-1]["step"] if run["rows"] else 0, run["settings"]["steps"]
+        step = run["rows"][-1]["step"] if run["rows"] else 0
+        steps = run["settings"]["steps"]
         if path in errors or step < steps:
             print(f"{path.stem}: step {step} of {steps}, stopped: {errors.get(path, 'unfinished')}")
         else:
             summaries.setdefault(run["settings"]["method"], []).append(summary(run["rows"]))
     print(f"\n{'method':<10} seeds  {'final':<26}  {'mean of the run':<26}  {'gap':<26}  alignment")
     for method, values in summaries.items():
-        columns = torch.stack(values).T.tolist()
-        cells = [f"{spread(column):<26}" for column in columns]
+        cells = [f"{spread(column.tolist()):<26}" for column in torch.stack(values).T]
         print(f"{method:<10} {len(values):>5}  " + "  ".join(cells))
     print(f"\nrecords and CSVs: {first.parent}")
     try:
