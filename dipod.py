@@ -637,12 +637,14 @@ def prepare(args, settings_of, inputs=()):
         _expect(path.resolve() not in written, "--base", "no record that is written here", path)
     for path in out.glob("*.pt"):
         old = load(path, runs[0]["task"])["settings"]
-        if old["method"] not in args.methods or (path in records and args.overwrite):
+        if path in records and args.overwrite:
             continue
         if path in records and not args.resume:
             raise ValueError(f"{path} exists: --resume goes on from it, --overwrite replaces it")
         # Seeds of one method are averaged, so other seeds have to be runs of the same settings too.
-        new = settings_of(old["method"], old["seed"], args)
+        same_method = old["method"] in args.methods
+        other = settings_of(old["method"], old["seed"], args) if same_method else old
+        new = records.get(path, other)
         changed = [f"{name} {new.get(name)}" for name in old if new.get(name) != old[name]]
         _expect(not changed, "--out", f"the settings of {path}", ", ".join(changed))
     out.mkdir(parents=True, exist_ok=True)
