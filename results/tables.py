@@ -69,8 +69,10 @@ def difference(column, method, other, name, other_name=None):
 
 
 def opened(method, *names):
-    """How many runs of how many end with a gap above 1 nat."""
-    gaps = [gap for name in names for gap in values(name, "gap", method).values()]
+    """How many runs of how many end, or stop, with a gap above 1 nat."""
+    gaps = []
+    for name in names:
+        gaps += [summary(rows)[2].item() for rows in read(name)[method].values()]
     return f"{sum(gap > 1 for gap in gaps)} of {len(gaps)}"
 
 
@@ -91,17 +93,6 @@ def compare(methods, *names):
         rows.append([name, *cells, *differences])
     minus = [f"{column}, {first} minus {other}" for column, other in pairs]
     return grid(["CSV", first, *others, *minus], rows)
-
-
-def versus(method, name, other, *cases):
-    """A method's final scores in two experiments, then the first minus the second."""
-    rows = []
-    for case in cases:
-        names = (f"{name}/{case}", f"{other}/{case}")
-        cells = [average("final", method, each) for each in names]
-        differences = [difference(c, method, method, *names) for c in ("final", "mean")]
-        rows.append([case, *cells, *differences])
-    return grid(["case", name, other, "final, difference", "mean, difference"], rows)
 
 
 def drifts(*names):
