@@ -788,3 +788,9 @@ def test_wrong_command_is_one_line_and_status_2(task, arguments, said, smoke, tm
 
 def test_every_table_is_what_the_csvs_say():
     subprocess.run([sys.executable, "results/report.py", "--check"], cwd=ROOT, check=True)
+
+
+def test_every_link_into_the_results_leads_to_a_heading():
+    headings = re.findall("^## (.*)", (ROOT / "results" / "README.md").read_text(), re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    assert anchors.issuperset(re.findall(r"results/README\.md#([\w-]+)", README))
