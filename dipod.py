@@ -64,8 +64,8 @@ def dipod_loss(
             A sequence's log ratio grows with its length L: for long ones pass all ELBOs / L.
         old_elbo: as `elbo`, by the policy that sampled, from the same draws. A constant.
         advantages: (B,).
-        beta: >= 0, an addition to the advantages (below), the same for ELBOs per sequence and per
-            token; if only `distill_elbo` is per token, beta * L. beta = 0 is FPO (2507.21053).
+        beta: >= 0, in the unit of the advantages, to which it is added (below), whatever the unit of
+            the ELBOs. 0 is FPO (2507.21053).
         clip: > 0, half-width of the trust region of the ratio.
         trust_region: "ppo", "spo" or "aspo", see `_surrogate`.
         weight: (B,) >= 0; a mean over samples is then sum(w*x) / sum(w). So scale the loss of a
