@@ -37,7 +37,7 @@ LAMBDA = 0.95
 MAX_GRAD_NORM = 0.5
 DRAWS = 2  # (time, noise) of an action: one pair of `draw_flow`
 BETA = 0.3  # in advantage per unit of `FlowPolicy.latent_elbo`
-SCALE = {"tight": 0.02, "textbook": 0.25}  # of the velocity; the tight flow's head does most
+SCALE = {"tight": 0.02, "textbook": 0.25}  # factor of the velocity, see `FlowPolicy`
 ROWS = 20  # rows of a run's record, about
 
 # beta: whether the loss has DiPOD's regularizer. per_draw: FPO++'s one ratio per draw and "aspo".
