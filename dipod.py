@@ -472,7 +472,7 @@ def flow_log_prob(velocity, noise, num_steps, method="midpoint", path="linear", 
     action: the noise that leads there moves with the parameters. So each step is inverted, by one
     Newton step from its stored start, which changes no value and has the inverse's gradient. Pass
     z = (a - mean) / std as `action` to differentiate mean and std too. Rows are independent. If the
-    map from noise to action is not one to one, this is a lower bound. Noise is at least float32.
+    map from noise to action is not one to one, this is a lower bound. `noise`: float32 or better.
     """
     _check_shapes(noise=(noise, "BA"), action=(noise if action is None else action, "BA"))
     step = _solver(velocity, num_steps, method, path)
@@ -744,8 +744,12 @@ def command(main):
 def start_worker():
     """One torch thread, because the networks are small; and no worker outlives its parent."""
     torch.set_num_threads(1)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: os._exit(parent.join() or 1), daemon=True).start()
+
+    def follow_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=follow_parent, daemon=True).start()
 
 
 def finish(records, errors):
