@@ -649,7 +649,7 @@ def prepare(args, settings_of, inputs=()):
         _expect(not changed, "--out", f"the settings of {path}", ", ".join(changed))
     out.mkdir(parents=True, exist_ok=True)
     (out / "writable.partial").touch()
-    (out / "writable.partial").unlink()
+    (out / "writable.partial").unlink(missing_ok=True)  # another command may be as far as this
     if args.overwrite:
         for path in records:
             path.unlink(missing_ok=True)
