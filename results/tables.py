@@ -53,6 +53,12 @@ def values(name, column, method):
     return {seed: summary(rows)[COLUMNS.index(column)].item() for seed, rows in runs}
 
 
+def reached(column, method, name):
+    """The values of a column of `summary` for all runs; stopped ones count up to where they came."""
+    index = COLUMNS.index(column)
+    return [summary(rows)[index].item() for rows in read(name)[method].values()]
+
+
 def average(column, method, name):
     """Mean [lowest..highest seed]."""
     return spread(values(name, column, method).values())
@@ -70,9 +76,7 @@ def difference(column, method, other, name, other_name=None):
 
 def opened(method, *names):
     """How many runs of how many end, or stop, with a gap above 1 nat."""
-    gaps = []
-    for name in names:
-        gaps += [summary(rows)[2].item() for rows in read(name)[method].values()]
+    gaps = [gap for name in names for gap in reached("gap", method, name)]
     return f"{sum(gap > 1 for gap in gaps)} of {len(gaps)}"
 
 
@@ -125,10 +129,11 @@ def rates(methods, tasks, *learning_rates):
     for task in tasks.split(","):
         names = [f"lr_{task}/{rate}" for rate in learning_rates]
         for method in methods.split(","):
-            finals = [mean(values(name, "final", method).values()) for name in names]
+            finals = [reached("final", method, name) for name in names]
+            means = [mean(scores) for scores in finals]
             start = mean(first_score(rows) for rows in read(names[0])[method].values())
-            kept = (min(finals) - start) / (max(finals) - start)
-            cells = [average("final", method, name) for name in names]
+            kept = (min(means) - start) / (max(means) - start)
+            cells = [spread(scores) for scores in finals]
             rows.append([f"lr_{task}", method, *cells, f"{kept:.2f}"])
     return grid(["CSV", "method", *learning_rates, "worst over best"], rows)
 
