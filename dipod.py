@@ -16,9 +16,9 @@ the ELBO of one's own samples (self-distillation) only pushes their gap down. Di
 to every policy-gradient update. `two_token`, section 5, shows it all in 30 lines.
 
 Shapes: B samples, N draws, T tokens of which L are maskable, V vocabulary, O observation and A
-action dimensions. In a formula A is the advantage. Likelihoods are in nats; higher is better. A wrong shape, name or
-number is a ValueError that names it. Lines that differ from PPO because of DiPOD carry the tag
-[DiPOD].
+action dimensions. In a formula A is the advantage. Likelihoods are in nats; higher is better. A
+wrong shape, name or number is a ValueError that names it. Lines that differ from PPO because of
+DiPOD carry the tag [DiPOD].
 """
 
 import math
@@ -64,8 +64,8 @@ def dipod_loss(
             A sequence's log ratio grows with its length L: for long ones pass all ELBOs / L.
         old_elbo: as `elbo`, by the policy that sampled, from the same draws. A constant.
         advantages: (B,).
-        beta: >= 0, in the unit of the advantages, to which it is added (below), whatever the unit of
-            the ELBOs. 0 is FPO (2507.21053).
+        beta: >= 0, in the unit of the advantages, to which it is added (below), whatever the unit
+            of the ELBOs. 0 is FPO (2507.21053).
         clip: > 0, half-width of the trust region of the ratio.
         trust_region: "ppo", "spo" or "aspo", see `_surrogate`.
         weight: (B,) >= 0; a mean over samples is then sum(w*x) / sum(w). So scale the loss of a
@@ -707,7 +707,8 @@ def print_header(score):
 def run_all(train, records, args, score):
     """Calls train(settings, path, place, args) for all runs in parallel; {path: error} if any."""
     print_header(score)
-    errors, futures, broken = {}, {}, []
+    errors, futures = {}, {}
+    broken = []
     spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(args.jobs, spawn, start_worker)
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit it: Ctrl-C is ours

@@ -54,7 +54,7 @@ def values(name, column, method):
 
 
 def reached(column, method, name):
-    """The values of a column of `summary` for all runs; stopped ones count up to where they came."""
+    """The values of a column of `summary` for all runs; stopped ones count up to where they got."""
     index = COLUMNS.index(column)
     return [summary(rows)[index].item() for rows in read(name)[method].values()]
 
