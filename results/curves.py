@@ -1,8 +1,7 @@
 """Prints numbers that no run of a task prints, as CSV.
 
     python results/curves.py two_token      # the paper's diagnostic, without and with DiPOD's term
-    python results/curves.py coarse_sampler # runs of dipod whose sampler takes two steps, not five
-    python results/curves.py same_time ENV  # runs of dipod whose draws have one time in each pair
+    python results/curves.py slow_flow ENV LR  # runs whose flow learns at a quarter of that rate
     python results/curves.py two_doors      # likelihood and ELBO over actions of trained policies
 
 The last one needs the runs that `python results/report.py --run control/twodoors` leaves in
@@ -10,7 +9,6 @@ runs/evidence.
 """
 
 import csv
-import functools
 import sys
 from argparse import Namespace
 from contextlib import redirect_stdout
@@ -37,41 +35,35 @@ def two_token(write):
             write([beta, update, *(curve[update].item() for curve in curves.values())])
 
 
-def coarse_sampler(write):
-    """The rows of `dipod` in control/reacher, but with a sampler of two steps."""
-    control_task.FlowPolicy = functools.partial(dipod.FlowPolicy, num_steps=2)
-    train_dipod("Reacher-v5", 5, write)
+def slow_flow(write, env, rate, steps=300_000):
+    """Runs of fpo and dipod whose flow's network has a quarter of the learning rate."""
+    original = torch.optim.AdamW
 
+    def optimizer(weights, lr, **options):
+        # Order of the weights: log_std and mean (7); obs_layer, flow_layer and net (7); value.
+        groups = [{"params": weights[:7] + weights[14:]}, {"params": weights[7:14], "lr": lr / 4}]
+        return original(groups, lr, **options)
 
-def same_time(write, env="Reacher-v5"):
-    """The rows of `dipod` in control/..., but with draws in pairs of one time."""
-
-    def draw_flow(*arguments):
-        time, noise = dipod.draw_flow(*arguments)
-        return dipod.FlowDraws(time[:, ::2].repeat_interleave(2, dim=1), noise)
-
-    control_task.draw_flow = draw_flow
-    train_dipod(env, 10, write)
-
-
-def train_dipod(env, seeds, write):
-    """Writes the rows of runs of 500,000 steps, with seeds from 100 on."""
-    for i in range(seeds):
-        rows = run("dipod", env, 500_000, 100 + i, (i + 1, seeds, 1))
-        if i == 0:
+    torch.optim.AdamW = optimizer
+    runs = [(method, seed) for method in ("fpo", "dipod") for seed in range(100, 105)]
+    for number, (method, seed) in enumerate(runs, 1):
+        rows = run(method, env, int(steps), seed, float(rate), (number, len(runs), 1))
+        if number == 1:
             write(rows[0].keys())
         for row in rows:
             write(row.values())
 
 
-def run(method, env, steps, seed, place=(1, 1, 1)):
-    """A run of control_task.py in this process, diagnostics and record included; its rows."""
-    args = Namespace(env=env, policy="tight", steps=steps, distill=None)
-    args.lr, args.beta = control_task.LEARNING_RATE, control_task.BETA
-    args.device, args.resume = "cpu", False
+def run(method, env, steps, seed, lr=control_task.LEARNING_RATE, place=(1, 1, 1)):
+    """A run of control_task.py in this process; its rows, up to where it stopped if it did."""
+    args = Namespace(env=env, policy="tight", steps=steps, distill=None, lr=lr)
+    args.beta, args.device, args.resume = control_task.BETA, "cpu", False
     settings = control_task.settings_of(method, seed, args)
     with TemporaryDirectory() as out, redirect_stdout(sys.stderr):
-        control_task.train(settings, Path(out, "run.pt"), place, args)
+        try:
+            control_task.train(settings, Path(out, "run.pt"), place, args)
+        except FloatingPointError as error:
+            print(f"{method}_{seed} stopped: {error}")
         return dipod.load(Path(out, "run.pt"), "control")["rows"]
 
 
@@ -101,5 +93,5 @@ def two_doors(write):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    scripts = {f.__name__: f for f in (two_token, coarse_sampler, same_time, two_doors)}
+    scripts = {f.__name__: f for f in (two_token, slow_flow, two_doors)}
     scripts[sys.argv[1]](csv.writer(sys.stdout).writerow, *sys.argv[2:])

@@ -120,21 +120,20 @@ def methods(names, *more):
     return grid(["CSV", "method", *columns], rows)
 
 
-def rates(methods, tasks, *learning_rates):
-    """Final score over learning rates (lr_TASK/RATE), and how much the worst of them keeps.
+def rates(methods, names, *learning_rates):
+    """Final score over learning rates (NAME/RATE), and how much the worst of them keeps.
 
     That is (worst - start) / (best - start) of the means; start is the untrained policy's score.
     """
     rows = []
-    for task in tasks.split(","):
-        names = [f"lr_{task}/{rate}" for rate in learning_rates]
+    for name in names.split(","):
         for method in methods.split(","):
-            finals = [reached("final", method, name) for name in names]
+            finals = [reached("final", method, f"{name}/{rate}") for rate in learning_rates]
             means = [mean(scores) for scores in finals]
-            start = mean(first_score(rows) for rows in read(names[0])[method].values())
+            runs = read(f"{name}/{learning_rates[0]}")[method]
+            start = mean(first_score(rows) for rows in runs.values())
             kept = (min(means) - start) / (max(means) - start)
-            cells = [spread(scores) for scores in finals]
-            rows.append([f"lr_{task}", method, *cells, f"{kept:.2f}"])
+            rows.append([name, method, *map(spread, finals), f"{kept:.2f}"])
     return grid(["CSV", "method", *learning_rates, "worst over best"], rows)
 
 
