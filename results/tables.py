@@ -75,8 +75,13 @@ def difference(column, method, other, name, other_name=None):
 
 
 def opened(method, *names):
-    """How many runs of how many end, or stop, with a gap above 1 nat."""
-    gaps = [gap for name in names for gap in reached("gap", method, name)]
+    """How many runs of how many end, or stop, with a gap above 1 nat. NAME/* is every case."""
+    lines = []
+    for name in names:
+        stem, _, case = name.partition("/")
+        cases = {row["case"]: stem for row in read_csv(RESULTS / f"{stem}.csv")}
+        lines += [f"{stem}/{each}" for each in cases] if case == "*" else [name]
+    gaps = [gap for line in lines for gap in reached("gap", method, line)]
     return f"{sum(gap > 1 for gap in gaps)} of {len(gaps)}"
 
 
