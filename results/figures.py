@@ -37,7 +37,7 @@ def learning_rates():
         for method in ("fpo", "dipod", "ppo"):
             finals = []
             for rate in RATES:
-                values = tables.reached("final", method, f"lr_{task}/{rate}")
+                values = tables.values(f"lr_{task}/{rate}", "final", method).values()
                 finals.append((min(values), mean(values), max(values)))
             low, middle, high = zip(*finals)
             x = [float(rate) for rate in RATES]

@@ -33,30 +33,17 @@ def read(name):
     return runs
 
 
-def finished(runs):
-    """The runs without those that stopped early, which have no final score."""
-    steps = max(rows[-1]["step"] for seeds in runs.values() for rows in seeds.values())
-    return {
-        method: {seed: rows for seed, rows in seeds.items() if rows[-1]["step"] == steps}
-        for method, seeds in runs.items()
-    }
-
-
 def values(name, column, method):
-    """{seed: value} of a column of `summary`, of the first row ("first_gap"), or of the last."""
-    if column.startswith("first_"):  # a run that stopped later has it too
-        column = column.removeprefix("first_")
-        return {seed: rows[0][column] for seed, rows in read(name)[method].items()}
-    runs = finished(read(name))[method].items()
-    if column not in COLUMNS:
-        return {seed: rows[-1][column] for seed, rows in runs}
-    return {seed: summary(rows)[COLUMNS.index(column)].item() for seed, rows in runs}
+    """{seed: value} of a column of `summary`, of the first row ("first_gap"), or of the last.
 
-
-def reached(column, method, name):
-    """The values of a column of `summary` for all runs; stopped ones count up to where they got."""
-    index = COLUMNS.index(column)
-    return [summary(rows)[index].item() for rows in read(name)[method].values()]
+    A run that stopped early counts with its values up to there.
+    """
+    runs = read(name)[method].items()
+    if column in COLUMNS:
+        return {seed: summary(rows)[COLUMNS.index(column)].item() for seed, rows in runs}
+    if column.startswith("first_"):
+        return {seed: rows[0][column.removeprefix("first_")] for seed, rows in runs}
+    return {seed: rows[-1][column] for seed, rows in runs}
 
 
 def average(column, method, name):
@@ -81,7 +68,7 @@ def opened(method, *names):
         stem, _, case = name.partition("/")
         cases = {row["case"]: stem for row in read_csv(RESULTS / f"{stem}.csv")}
         lines += [f"{stem}/{each}" for each in cases] if case == "*" else [name]
-    gaps = [gap for line in lines for gap in reached("gap", method, line)]
+    gaps = [gap for line in lines for gap in values(line, "gap", method).values()]
     return f"{sum(gap > 1 for gap in gaps)} of {len(gaps)}"
 
 
@@ -133,9 +120,10 @@ def rates(methods, names, *learning_rates):
     rows = []
     for name in names.split(","):
         for method in methods.split(","):
-            finals = [reached("final", method, f"{name}/{rate}") for rate in learning_rates]
+            lines = [f"{name}/{rate}" for rate in learning_rates]
+            finals = [values(line, "final", method).values() for line in lines]
             means = [mean(scores) for scores in finals]
-            runs = read(f"{name}/{learning_rates[0]}")[method]
+            runs = read(lines[0])[method]
             start = mean(first_score(rows) for rows in runs.values())
             kept = (min(means) - start) / (max(means) - start)
             rows.append([name, method, *map(spread, finals), f"{kept:.2f}"])
