@@ -130,6 +130,16 @@ def rates(methods, names, *learning_rates):
     return grid(["CSV", "method", *learning_rates, "worst over best"], rows)
 
 
+def sweep(method, names, *cases):
+    """Final score and gap of a method in NAME/CASE of NAME,NAME... over the cases."""
+    rows = []
+    for name in names.split(","):
+        for column in ("final", "gap"):
+            cells = [average(column, method, f"{name}/{case}") for case in cases]
+            rows.append([name, column, *cells])
+    return grid(["CSV", "", *cases], rows)
+
+
 def first_score(rows):
     """Return or reward of the first row that has one."""
     scores = [list(row.values())[3] for row in rows]
