@@ -1,8 +1,8 @@
 """Prints numbers that no run of a task prints, as CSV.
 
-    python results/curves.py two_token      # the paper's diagnostic, without and with DiPOD's term
-    python results/curves.py slow_flow ENV LR  # runs whose flow learns at a quarter of that rate
-    python results/curves.py two_doors      # likelihood and ELBO over actions of trained policies
+    python results/curves.py two_token   # the paper's diagnostic, without and with DiPOD's term
+    python results/curves.py slow_flow ENV LR [STEPS]   # the flow learns at a quarter of that rate
+    python results/curves.py two_doors   # likelihood and ELBO over actions of trained policies
 
 The last one needs the runs that `python results/report.py --run control/twodoors` leaves in
 runs/evidence.
@@ -37,12 +37,13 @@ def two_token(write):
 
 def slow_flow(write, env, rate, steps=300_000):
     """Runs of fpo and dipod whose flow's network has a quarter of the learning rate."""
-    original = torch.optim.AdamW
+    adamw = torch.optim.AdamW
 
     def optimizer(weights, lr, **options):
-        # Order of the weights: log_std and mean (7); obs_layer, flow_layer and net (7); value.
+        # Order of the weights: log_std and mean (7); obs_layer, flow_layer and net (7); value (6).
+        assert len(weights) == 20
         groups = [{"params": weights[:7] + weights[14:]}, {"params": weights[7:14], "lr": lr / 4}]
-        return original(groups, lr, **options)
+        return adamw(groups, lr, **options)
 
     torch.optim.AdamW = optimizer
     runs = [(method, seed) for method in ("fpo", "dipod") for seed in range(100, 105)]
@@ -56,8 +57,10 @@ def slow_flow(write, env, rate, steps=300_000):
 
 def run(method, env, steps, seed, lr=control_task.LEARNING_RATE, place=(1, 1, 1)):
     """A run of control_task.py in this process; its rows, up to where it stopped if it did."""
-    args = Namespace(env=env, policy="tight", steps=steps, distill=None, lr=lr)
-    args.beta, args.device, args.resume = control_task.BETA, "cpu", False
+    args = Namespace(env=env, policy="tight", steps=steps, lr=lr, beta=control_task.BETA)
+    args.distill = None
+    args.device = "cpu"
+    args.resume = False
     settings = control_task.settings_of(method, seed, args)
     with TemporaryDirectory() as out, redirect_stdout(sys.stderr):
         try:

@@ -61,14 +61,21 @@ def difference(column, method, other, name, other_name=None):
     return f"{show(centre)} ± {show(half)}, {above} of {n}"
 
 
+def cases(name):
+    """All NAME/CASE of a CSV for NAME/*; any other name stands for itself."""
+    if not name.endswith("/*"):
+        return [name]
+    name = name.removesuffix("/*")
+    found = {row["case"] for row in read_csv(RESULTS / f"{name}.csv")}
+    return [f"{name}/{case}" for case in sorted(found)]
+
+
 def opened(method, *names):
-    """How many runs of how many end, or stop, with a gap above 1 nat. NAME/* is every case."""
-    lines = []
+    """How many runs of how many end, or stop, with a gap above 1 nat; names as in `cases`."""
+    gaps = []
     for name in names:
-        stem, _, case = name.partition("/")
-        cases = {row["case"]: stem for row in read_csv(RESULTS / f"{stem}.csv")}
-        lines += [f"{stem}/{each}" for each in cases] if case == "*" else [name]
-    gaps = [gap for line in lines for gap in values(line, "gap", method).values()]
+        for line in cases(name):
+            gaps += values(line, "gap", method).values()
     return f"{sum(gap > 1 for gap in gaps)} of {len(gaps)}"
 
 
@@ -130,14 +137,15 @@ def rates(methods, names, *learning_rates):
     return grid(["CSV", "method", *learning_rates, "worst over best"], rows)
 
 
-def sweep(method, names, *cases):
-    """Final score and gap of a method in NAME/CASE of NAME,NAME... over the cases."""
+def sweep(method, settings, *lines):
+    """Final score and gap of a method over SETTING,SETTING...; each line is NAME,NAME..."""
     rows = []
-    for name in names.split(","):
+    for line in lines:
+        names = line.split(",")
         for column in ("final", "gap"):
-            cells = [average(column, method, f"{name}/{case}") for case in cases]
-            rows.append([name, column, *cells])
-    return grid(["CSV", "", *cases], rows)
+            cells = [average(column, method, name) for name in names]
+            rows.append([names[0].partition("/")[0], column, *cells])
+    return grid(["CSV", "", *settings.split(",")], rows)
 
 
 def first_score(rows):
