@@ -55,7 +55,6 @@ def dipod_loss(
     trust_region="ppo",
     weight=None,
     distill_elbo=None,
-    max_log_ratio=10.0,
 ):
     """DiPOD, Algorithm 2: -mean(surrogate(exp(elbo - old_elbo), A)) - beta * mean(distill_elbo).
 
@@ -72,16 +71,14 @@ def dipod_loss(
             micro-batch by its sum(w) over the whole sum. w = length suits ELBOs per token only.
         distill_elbo: (B,) or (B, M), another ELBO for the regularizer: of the part of a policy that
             has a gap (`FlowPolicy.latent_elbo`), or of actions sampled anew.
-        max_log_ratio: upper cap of elbo - old_elbo, so that exp stays finite.
     Returns: loss, 0-d; info, detached 0-d "policy_loss", "elbo", "ratio", "clip_fraction".
     """
     distill_elbo = elbo if distill_elbo is None else distill_elbo
     weight = _checked_weight(advantages, beta, weight, elbo=elbo, distill_elbo=distill_elbo)
     _expect(old_elbo.shape == elbo.shape, "old_elbo", f"{elbo.shape} as elbo", old_elbo.shape)
     _expect(clip > 0, "clip", "a number > 0", clip)
-    _expect(max_log_ratio > 0, "max_log_ratio", "a number > 0", max_log_ratio)
     log_ratio = _select(_upcast(elbo) - old_elbo.detach(), weight)
-    excess = (log_ratio - max_log_ratio).clamp(min=0)
+    excess = (log_ratio - 10).clamp(min=0)  # so that exp stays finite
     ratio = (log_ratio - excess.detach()).exp()  # at the cap a clamp would have no gradient
     width = clip * torch.ones_like(ratio)  # torch.compile would compile anew for each number
     policy_loss = -_mean(_surrogate(ratio, advantages, width, trust_region), weight)
@@ -291,13 +288,18 @@ def draw_flow(action, num_draws, generator=None):
     return FlowDraws(time[:, :num_draws], noise[:, :num_draws])
 
 
-def _path(time, path):
-    """alpha, sigma and their derivatives by tau."""
+def _on_path(velocity, action, time, noise, path):
+    """x, the target dx/dtau, the velocity at x, all (B, N, A), and alpha and sigma (B, N, 1)."""
+    _check_shapes(action=(action, "BA"), time=(time, "BN1"), noise=(noise, "BNA"))
     _expect(path in _TAU, "path", f"one of {[*_TAU]}", path)
-    if path == "linear":
-        return 1 - time, time, -torch.ones_like(time), torch.ones_like(time)
-    tau = time * _TAU[path]
-    return tau.cos(), tau.sin(), -tau.sin(), tau.cos()
+    a, eps = _upcast(action), _upcast(noise)
+    tau = _upcast(time) * _TAU[path]
+    alpha, sigma = (1 - tau, tau) if path == "linear" else (tau.cos(), tau.sin())
+    x = alpha * a[:, None] + sigma * eps
+    target = eps - a[:, None] if path == "linear" else alpha * eps - sigma * a[:, None]
+    v = velocity(x.to(action.dtype), time.to(action.dtype))
+    _check_shapes(noise=(noise, "BNA"), velocity=(v, "BNA"))
+    return x, target, v, alpha, sigma
 
 
 def flow_elbo(velocity, action, draws, path="linear"):
@@ -308,12 +310,7 @@ def flow_elbo(velocity, action, draws, path="linear"):
     and cos(tau) noise - sin(tau) action on "vp". A model with its noise at time 0 raises no error:
     wrap it, -model(x, 1 - time). action: (B, A), as sampled, unclipped.
     """
-    _check_shapes(action=(action, "BA"), time=(draws.time, "BN1"), noise=(draws.noise, "BNA"))
-    alpha, sigma, d_alpha, d_sigma = _path(_upcast(draws.time), path)
-    x = alpha * action[:, None] + sigma * draws.noise
-    target = d_alpha * action[:, None] + d_sigma * draws.noise
-    v = velocity(x.to(action.dtype), draws.time.to(action.dtype))
-    _check_shapes(noise=(draws.noise, "BNA"), velocity=(v, "BNA"))
+    _, target, v, _, _ = _on_path(velocity, action, *draws, path)
     return -(v - target).square().mean(-1)
 
 
@@ -503,15 +500,10 @@ def flow_bound(velocity, action, draws, path="linear", min_time=0.0):
     min_time on: at 0 it converges only if v = v0. It bounds the SDE with this velocity and the
     sampler is the ODE, so one sample's gap can be negative, while the mean on policy cannot.
     """
-    _check_shapes(action=(action, "BA"), time=(draws.time, "BN1"), noise=(draws.noise, "BNA"))
     _expect(0 <= min_time < 1, "min_time", "a number in [0, 1)", min_time)
     time = min_time + (1 - min_time) * _upcast(draws.time)
-    alpha, sigma, d_alpha, d_sigma = _path(time, path)
-    x = alpha * action[:, None] + sigma * draws.noise
-    u = d_alpha * action[:, None] + d_sigma * draws.noise
-    v0 = (alpha * d_alpha + sigma * d_sigma) / (alpha**2 + sigma**2) * x
-    v = velocity(x.to(action.dtype), time.to(action.dtype))
-    _check_shapes(noise=(draws.noise, "BNA"), velocity=(v, "BNA"))
+    x, u, v, alpha, sigma = _on_path(velocity, action, time, draws.noise, path)
+    v0 = (sigma - alpha) / (alpha**2 + sigma**2) * x if path == "linear" else 0 * x
     excess = (v - u).square().sum(-1) - (v0 - u).square().sum(-1)
     weight = (alpha / sigma.clamp(min=1e-30))[..., 0]  # where sigma = 0, v = v0
     integral = (1 - min_time) * _TAU[path] * weight * excess
@@ -572,7 +564,7 @@ import signal
 import sys
 import threading
 import time
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 # Colour-blind safe (Okabe and Ito); a method has one colour in every figure.
@@ -708,7 +700,6 @@ def run_all(train, records, args, score):
     """Calls train(settings, path, place, args) for all runs in parallel; {path: error} if any."""
     print_header(score)
     errors, futures = {}, {}
-    broken = []
     spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(args.jobs, spawn, start_worker)
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit it: Ctrl-C is ours
@@ -718,16 +709,10 @@ def run_all(train, records, args, score):
     signal.signal(signal.SIGINT, handler)
     for future in as_completed(futures):
         path, error = futures[future], future.exception()
-        if isinstance(error, BrokenExecutor) and len(records) > 1:
-            broken.append(path)
-        elif error:
+        if error:
             errors[path] = f"{type(error).__name__}: {error}".splitlines()[0]
             print(f"{path.stem} stopped: {errors[path]}", file=sys.stderr)
     pool.shutdown()
-    for path in broken:  # one worker was killed, which ends all: each run goes on in its own pool
-        print(f"{path.stem} goes on: a process of this command was killed", file=sys.stderr)
-        args.resume = True
-        errors |= run_all(train, {path: records[path]}, args, score)
     return errors
 
 

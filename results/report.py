@@ -79,6 +79,13 @@ def fill(match):
     return start + getattr(tables, function)(*arguments.split()) + end
 
 
+def dangling_links(text):
+    """Links into results/README.md that lead to none of its headings."""
+    headings = re.findall("^## (.*)", READMES[1].read_text(), re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    return set(re.findall(r"results/README\.md#([\w-]+)", text)) - anchors
+
+
 def main():
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -97,6 +104,8 @@ def main():
         new = MARKERS.sub(fill, old)
         if args.check and new != old:
             parser.exit(1, f"{path.relative_to(ROOT)}: its tables are not what the CSVs say\n")
+        if dangling := dangling_links(old):
+            parser.exit(1, f"{path.relative_to(ROOT)}: no such headings: {sorted(dangling)}\n")
         if not args.check:
             path.write_text(new)
     if not args.check:

@@ -10,7 +10,7 @@ from dipod import show, spread, summary
 
 RESULTS = Path(__file__).parent
 COLUMNS = ("final", "mean", "gap", "alignment")  # of `summary`
-STUDENT = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 %, 1 to 9 degrees
+STUDENT = {5: 2.776, 10: 2.262, 20: 2.093}  # 97.5 % quantile of Student's t, by number of pairs
 
 
 def read_csv(path):
@@ -56,7 +56,7 @@ def difference(column, method, other, name, other_name=None):
     a, b = values(name, column, method), values(other_name or name, column, other)
     differences = [a[seed] - b[seed] for seed in a if seed in b]
     n, centre = len(differences), mean(differences)
-    half = STUDENT[n - 2] * stdev(differences) / math.sqrt(n)
+    half = STUDENT[n] * stdev(differences) / math.sqrt(n)
     above = sum(d > 0 for d in differences)
     return f"{show(centre)} ± {show(half)}, {above} of {n}"
 
@@ -119,22 +119,22 @@ def methods(names, *more):
     return grid(["CSV", "method", *columns], rows)
 
 
-def rates(methods, names, *learning_rates):
-    """Final score over learning rates (NAME/RATE), and how much the worst of them keeps.
+def rates(*names):
+    """Final score over the learning rates of each NAME/RATE, and how much the worst of them keeps.
 
     That is (worst - start) / (best - start) of the means; start is the untrained policy's score.
     """
     rows = []
-    for name in names.split(","):
-        for method in methods.split(","):
-            lines = [f"{name}/{rate}" for rate in learning_rates]
+    for name in names:
+        lines = sorted(cases(f"{name}/*"), key=lambda line: float(line.partition("/")[2]))
+        for method, runs in read(lines[0]).items():
             finals = [values(line, "final", method).values() for line in lines]
             means = [mean(scores) for scores in finals]
-            runs = read(lines[0])[method]
-            start = mean(first_score(rows) for rows in runs.values())
+            start = mean(first_score(run) for run in runs.values())
             kept = (min(means) - start) / (max(means) - start)
             rows.append([name, method, *map(spread, finals), f"{kept:.2f}"])
-    return grid(["CSV", "method", *learning_rates, "worst over best"], rows)
+    factors = ("default / 4", "default / 2", "default", "default x 2", "default x 4")
+    return grid(["CSV", "method", *factors, "worst over best"], rows)
 
 
 def sweep(method, settings, *lines):
