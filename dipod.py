@@ -74,8 +74,9 @@ def dipod_loss(
     Returns: loss, 0-d; info, detached 0-d "policy_loss", "elbo", "ratio", "clip_fraction".
     """
     distill_elbo = elbo if distill_elbo is None else distill_elbo
-    weight = _checked_weight(advantages, beta, weight, elbo=elbo, distill_elbo=distill_elbo)
+    beta, weight = _check_loss(advantages, beta, weight, elbo=elbo, distill_elbo=distill_elbo)
     _expect(old_elbo.shape == elbo.shape, "old_elbo", f"{elbo.shape} as elbo", old_elbo.shape)
+    _expect(not isinstance(clip, Tensor) or clip.dim() == 0, "clip", "one number", clip)
     _expect(clip > 0, "clip", "a number > 0", clip)
     log_ratio = _select(_upcast(elbo) - old_elbo.detach(), weight)
     excess = (log_ratio - 10).clamp(min=0)  # so that exp stays finite
@@ -101,17 +102,18 @@ def _surrogate(ratio, advantages, clip, trust_region):
     return surrogates[trust_region]
 
 
-def _checked_weight(advantages, beta, weight, **elbos):
-    """What both losses check. Returns the weights of the samples (B,), 1 each by default."""
+def _check_loss(advantages, beta, weight, **elbos):
+    """What both losses check. Returns beta and the weights of the samples (B,), by default 1."""
     weight = _upcast(torch.ones_like(advantages) if weight is None else weight)
     shapes = {}
     for (name, elbo), draws in zip(elbos.items(), "NM"):
         shapes[name] = (elbo, "B" + draws if elbo.dim() == 2 else "B")
     _check_shapes(**shapes, advantages=(advantages, "B"), weight=(weight, "B"))
+    _expect(not isinstance(beta, Tensor) or beta.dim() == 0, "beta", "one number", beta)
     _expect((beta >= 0) & (beta < math.inf), "beta", "a finite number >= 0", beta)
     usable = (weight >= 0).all() & (weight.sum() > 0) & (weight.sum() < math.inf)
     _expect(usable, "weight", "finite values >= 0 with a sum > 0", weight)
-    return weight
+    return 1.0 * beta, weight  # at beta = 0, an int, a compiled loss would have no gradient
 
 
 def _upcast(x):
@@ -137,7 +139,7 @@ def spg_loss(elbo, eubo, advantages, beta=0.05, mix=0.5, weight=None):
     (B, N), whose draws are averaged; eubo and advantages are (B,); the rest as in `dipod_loss`.
     Returns: loss, 0-d; info, detached 0-d "policy_loss", "elbo", "eubo".
     """
-    weight = _checked_weight(advantages, beta, weight, elbo=elbo)
+    beta, weight = _check_loss(advantages, beta, weight, elbo=elbo)
     _expect(eubo.shape == weight.shape, "eubo", f"{weight.shape} as advantages", eubo.shape)
     _expect(0 <= mix <= 1, "mix", "a number in [0, 1]", mix)
     elbo = _select(elbo, weight).view(len(elbo), -1).mean(1)
@@ -152,6 +154,7 @@ def group_advantages(rewards, normalize=True):
     """GRPO's advantages (P, G) of rewards (P, G): G >= 2 samples of each prompt (2402.03300)."""
     _check_shapes(rewards=(rewards, "PG"))
     _expect(rewards.shape[1] >= 2, "rewards", "(P, G) with G >= 2", tuple(rewards.shape))
+    rewards = _upcast(rewards)
     relative = rewards - rewards[:, :1]  # equal rewards give exact zeros, their mean may not
     centred = relative - relative.mean(1, keepdim=True)
     return centred / (relative.std(1, keepdim=True) + 1e-4) if normalize else centred
@@ -175,7 +178,7 @@ def draw_masks(maskable, num_draws, generator=None):
     _check_shapes(maskable=(maskable, "BT"))
     _expect(num_draws >= 1, "num_draws", "a number >= 1", num_draws)
     _expect(maskable.any(1).all(), "maskable", "a maskable token in each row", maskable)
-    random = {"device": maskable.device, "generator": generator}
+    random = {"device": maskable.device, "dtype": torch.float32, "generator": generator}
     pairs = (num_draws + 1) // 2
     length = maskable.sum(1, keepdim=True)  # (B, 1), L
     u = torch.rand(len(maskable), pairs, **random)
@@ -185,7 +188,7 @@ def draw_masks(maskable, num_draws, generator=None):
     kth = key.sort(-1).values.gather(-1, index[..., None])  # (B, pairs, 1), key of the k-th token
     mask = torch.stack((key <= kth, key >= kth), 2).flatten(1, 2) & maskable[:, None]
     mask = mask[:, :num_draws]
-    return MaskDraws(mask, length / mask.sum(-1).clamp(min=1))
+    return MaskDraws(mask, length.float() / mask.sum(-1).clamp(min=1))
 
 
 def _masked_log_prob(model, tokens, mask, mask_id):
@@ -240,7 +243,8 @@ def sample_masked(model, tokens, mask_id, temperature=1.0, generator=None):
     _expect(temperature >= 0, "temperature", "a number >= 0", temperature)
     masked = tokens == mask_id
     num_masked = masked.sum(1)
-    order = torch.rand(tokens.shape, device=tokens.device, generator=generator)
+    random = {"device": tokens.device, "dtype": torch.float32, "generator": generator}
+    order = torch.rand(tokens.shape, **random)
     order = order.masked_fill(~masked, math.inf).argsort(1)  # masked positions come first
     tokens = tokens.clone()
     for step in range(int(num_masked.max())):
@@ -459,7 +463,8 @@ def exact_likelihood(model, tokens, maskable, mask_id):
         terms = [log_f[subset - 2**i] + log_p[:, i, subset - 2**i] for i in members]
         log_f.append(torch.stack(terms).logsumexp(0) - math.log(length - len(members) + 1))
     share = [1 / (math.comb(length, n) * n) for n in hidden.sum(1).tolist()]  # in the two means
-    return log_f[-1], log_p.sum(1) @ log_p.new_tensor(share)
+    with torch.autocast(tokens.device.type, enabled=False):  # else the product would be bfloat16
+        return log_f[-1], log_p.sum(1) @ log_p.new_tensor(share)
 
 
 def flow_log_prob(velocity, noise, num_steps, method="midpoint", path="linear", action=None):
@@ -513,13 +518,14 @@ def flow_bound(velocity, action, draws, path="linear", min_time=0.0):
 def alignment(proxy, true, parameters):
     """Second drift: cosine of the gradients of mean(A * elbo) and mean(A * log_prob), all 0-d."""
     _check_shapes(proxy=(proxy, ""), true=(true, ""))
+    _expect(not isinstance(parameters, Tensor), "parameters", "a list of tensors", "a tensor")
     parameters = [p for p in parameters if p.requires_grad]
     gradients = []
     for y in (proxy, true):
         gradient = torch.autograd.grad(y, parameters, retain_graph=True, materialize_grads=True)
         gradients.append(torch.cat([_upcast(part).flatten() for part in gradient]))
     a, b = gradients
-    return a @ b / (a.norm() * b.norm())  # NaN where a gradient is 0
+    return a.dot(b) / (a.norm() * b.norm())  # NaN where a gradient is 0, or its square overflows
 
 
 # 5. The two-token example, the paper's Figure 2: both drifts, exactly.
