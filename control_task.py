@@ -86,8 +86,8 @@ def make_envs(env, num_envs, **kwargs):
         raise ValueError(f"--env {env}: {type(error).__name__}: {error}") from None
     spaces = (envs.single_observation_space, envs.single_action_space)
     vectors = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces)
-    if not vectors or not spaces[1].is_bounded():
-        raise ValueError(f"--env {env}: expected vectors and bounded actions, got {spaces}")
+    if not vectors or not spaces[1].is_bounded() or spaces[1].dtype.kind != "f":
+        raise ValueError(f"--env {env}: expected vectors and bounded float actions, got {spaces}")
     envs = wrappers.ClipAction(wrappers.RescaleAction(envs, np.float32(-1), np.float32(1)))
     return RewardNorm(wrappers.RecordEpisodeStatistics(envs), GAMMA)
 
@@ -194,7 +194,7 @@ def update(policy, value, optimizer, samples, settings):
 
 
 def self_distill(policy, value, optimizer, obs, settings):
-    """Maximises the ELBO of fresh samples of the flow: the other half of Algorithm 1."""
+    """Raises the ELBO of fresh samples, Algorithm 1's other half. Returns the last grad norm."""
     for _ in range(settings["updates"]):
         x = obs[torch.randint(len(obs), (MINIBATCH,), device=obs.device)]
         with torch.no_grad():
@@ -202,15 +202,15 @@ def self_distill(policy, value, optimizer, obs, settings):
             z = policy.standardize(x, policy.sample(x, noise))
         elbo = policy.latent_elbo(x, z, draw_flow(z, DRAWS))
         loss, _ = dipod_loss(elbo, elbo, torch.zeros_like(elbo[:, 0]), beta=1.0)
-        step_optimizer(optimizer, policy, value, loss)
+        grad_norm = step_optimizer(optimizer, policy, value, loss)
+    return grad_norm
 
 
 def make_networks(settings, envs):
     """Policy, value, and a normalisation by the average mean and variance of the rollouts."""
     obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     flow, tight = settings["method"] != "ppo", settings["policy"] == "tight"
-    scale = SCALE[settings["policy"]]
-    policy = FlowPolicy(obs_dim, action_dim, tight or not flow, flow, scale)
+    policy = FlowPolicy(obs_dim, action_dim, tight or not flow, flow, SCALE[settings["policy"]])
     norm = nn.BatchNorm1d(obs_dim, affine=False, momentum=None)
     norm = nn.Sequential(norm, nn.Hardtanh(-10.0, 10.0)).eval()
     return policy, mlp(obs_dim, 1, 1.0), norm
@@ -244,14 +244,14 @@ def train(settings, path, place, args):
             generator = torch.Generator(args.device).manual_seed(iteration)  # not the training's
             measured = drift(policy, samples, generator)
         info = update(policy, value, optimizer, samples, settings)
-        if not math.isfinite(info.pop("grad_norm")):  # once per rollout, or updates wait for a GPU
-            raise FloatingPointError(f"non-finite gradient at step {(iteration + 1) * size}")
+        grad_norm = info.pop("grad_norm")
         if settings["distill"] == "after":
-            self_distill(policy, value, optimizer, samples[0], settings)
+            grad_norm += self_distill(policy, value, optimizer, samples[0], settings).item()
+        if not math.isfinite(grad_norm):  # once per rollout, or every update waits for a GPU
+            raise FloatingPointError(f"non-finite gradient at step {(iteration + 1) * size}")
         decay.step()
         if due:
-            if returns:  # else no episode has ended since the last row
-                score = float(np.mean(returns))
+            score = float(np.mean(returns)) if returns else score  # no episode may have ended
             row = {"step": (iteration + 1) * size, "return": score}
             run.add(iteration + 1, row | measured | info)
             returns = []
@@ -285,7 +285,7 @@ def evaluate(paths, gif):
     if gif:
         import imageio  # comes with gymnasium[mujoco]
 
-        warnings.simplefilter("ignore")  # glfw's: the error below says what is missing
+        open(gif, "ab").close()  # an error here comes before the work
         try:
             _, frames = play(states[0], 1, render_mode="rgb_array", camera_name="track")
         except Exception as error:  # noqa: BLE001 - without a display anything may fail
@@ -317,10 +317,11 @@ def main():
     add("--beta", type=number(float, 0), default=BETA, help="weight of DiPOD's regularizer")
     add("--env", default="Reacher-v5", help="a gymnasium environment with Box spaces")
     add("--policy", choices=SCALE, default="tight", help="the flow of all but ppo")
-    add("--distill", type=number(int, 0), metavar="N", help="updates of self-distillation")
+    add("--distill", type=number(int, 1), metavar="N", help="updates of self-distillation")
     add("--eval", nargs="+", metavar="CHECKPOINT", help="evaluate trained policies, and leave")
     add("--gif", metavar="FILE.gif", help="with --eval: an episode of the first policy")
     args = parser.parse_args()
+    warnings.simplefilter("ignore")  # gymnasium's and glfw's: the errors below say what is missing
     if args.gif and not (args.eval and args.gif.endswith(".gif")):
         parser.error("--gif: expected a name that ends in .gif, and --eval CHECKPOINT")
     try:
@@ -328,7 +329,7 @@ def main():
             return evaluate(args.eval, args.gif)
         make_envs(args.env, 1).close()
         records = dipod.prepare(args, settings_of)
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, KeyError) as error:
         parser.error(str(error).splitlines()[0])
     print(f"{args.env}, {args.steps} steps, {args.policy} policy")
     errors = dipod.run_all(train, records, args, "return")

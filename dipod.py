@@ -614,7 +614,7 @@ def load(path, task):
     """The record of a run of this task; ValueError for any other file."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        owner = state["settings"]["task"]
+        owner = dict(state)["settings"]["task"]
     except Exception as error:  # noqa: BLE001 - foreign and truncated files raise a dozen kinds
         raise ValueError(f"{path}: not a checkpoint ({type(error).__name__})") from None
     _expect(owner == task, str(path), f"a checkpoint of {task}_task.py", f"one of {owner}_task.py")
@@ -634,9 +634,9 @@ def prepare(args, settings_of, inputs=()):
     for path in inputs:
         _expect(path.resolve() not in written, "--base", "no record that is written here", path)
     for path in out.glob("*.pt"):
-        old = load(path, runs[0]["task"])["settings"]
         if path in records and args.overwrite:
             continue
+        old = load(path, runs[0]["task"])["settings"]
         if path in records and not args.resume:
             raise ValueError(f"{path} exists: --resume goes on from it, --overwrite replaces it")
         # Seeds of one method are averaged, so other seeds have to be runs of the same settings too.
@@ -711,15 +711,25 @@ def run_all(train, records, args, score):
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit it: Ctrl-C is ours
     for number, (path, settings) in enumerate(records.items(), 1):
         place = (number, len(records), args.jobs)
-        futures[pool.submit(train, settings, path, place, args)] = path
+        futures[pool.submit(attempt, train, settings, path, place, args)] = path
     signal.signal(signal.SIGINT, handler)
     for future in as_completed(futures):
-        path, error = futures[future], future.exception()
+        path = futures[future]
+        killed = "a process of this command was killed"
+        error = killed if future.exception() else future.result()
         if error:
-            errors[path] = f"{type(error).__name__}: {error}".splitlines()[0]
-            print(f"{path.stem} stopped: {errors[path]}", file=sys.stderr)
+            errors[path] = error
+            print(f"{path.stem} stopped: {error}", file=sys.stderr)
     pool.shutdown()
     return errors
+
+
+def attempt(train, *arguments):
+    """Its error as one line, because not every exception survives the way between processes."""
+    try:
+        train(*arguments)
+    except BaseException as error:  # noqa: BLE001 - whatever it is, the other runs go on
+        return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def command(main):

@@ -242,8 +242,6 @@ def settings_of(method, seed, args):
 def pretrain_bases(folder, args):
     """Paths of the base models in a folder; those that the runs need are pretrained there."""
     folder.mkdir(exist_ok=True)
-    for path in folder.glob("*.pt"):
-        load_model(path)
     paths = [folder / f"base_{seed}.pt" for seed in range(BASES)]
     records = {}
     for seed in range(args.first_seed, args.first_seed + min(args.seeds, BASES)):
@@ -292,14 +290,14 @@ def main():
     if RANK > 0:  # rank 0 checks, and says what to run
         return train_together(None, args)
     try:
-        for path in args.base:
+        for path in args.base or Path(args.out or "", "base").glob("*.pt"):
             load_model(path)
         if args.prompts % WORLD:
             raise ValueError(f"--prompts: expected a multiple of {WORLD} processes")
         records = dipod.prepare(args, settings_of, args.base)
         if not args.base:
             args.base = pretrain_bases(next(iter(records)).parent / "base", args)
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, KeyError) as error:
         parser.error(str(error).splitlines()[0])
     if WORLD > 1:
         errors = train_together(records, args)

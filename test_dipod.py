@@ -718,7 +718,7 @@ def test_a_diverged_run_is_named_and_costs_the_others_nothing(smoke, tmp_path, c
         ("control", "--steps 1e5", "--steps: expected a whole number"),
         ("control", "--beta nan", "--beta: expected a finite number"),
         ("control", "--methods ppo ppo", "--methods: expected each method once"),
-        ("control", "--env CartPole-v1", "--env CartPole-v1: expected vectors and bounded actions"),
+        ("control", "--env CartPole-v1", "--env CartPole-v1: expected vectors and bounded float"),
         ("control", "--env Nowhere-v0", "--env Nowhere-v0: NameNotFound"),
         ("control", "--eval CUT", "not a checkpoint"),
         ("control", "--gif a.mp4 --eval CONTROL/dipod_0.pt", "--gif: expected a name that ends"),
