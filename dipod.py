@@ -704,7 +704,6 @@ def print_header(score):
 
 def run_all(train, records, args, score):
     """Calls train(settings, path, place, args) for all runs in parallel; {path: error} if any."""
-    print_header(score)
     errors, futures = {}, {}
     spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(args.jobs, spawn, start_worker)
@@ -713,6 +712,7 @@ def run_all(train, records, args, score):
         place = (number, len(records), args.jobs)
         futures[pool.submit(attempt, train, settings, path, place, args)] = path
     signal.signal(signal.SIGINT, handler)
+    print_header(score)
     for future in as_completed(futures):
         path = futures[future]
         killed = "a process of this command was killed"
