@@ -79,6 +79,17 @@ def opened(method, *names):
     return f"{sum(gap > 1 for gap in gaps)} of {len(gaps)}"
 
 
+def lost(method, *names):
+    """How many runs of how many end, or stop, with less than half of their best gain so far."""
+    kept = []
+    for name in names:
+        finals = values(name, "final", method)
+        for seed, rows in read(name)[method].items():
+            start, best = first_score(rows), max(scores(rows))
+            kept.append((finals[seed] - start) / (best - start))
+    return f"{sum(share < 0.5 for share in kept)} of {len(kept)}"
+
+
 def grid(header, rows):
     """A Markdown table."""
     lines = ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
@@ -129,7 +140,7 @@ def rates(*names):
         lines = sorted(cases(f"{name}/*"), key=lambda line: float(line.partition("/")[2]))
         for method, runs in read(lines[0]).items():
             finals = [values(line, "final", method).values() for line in lines]
-            means = [mean(scores) for scores in finals]
+            means = [mean(seeds) for seeds in finals]
             start = mean(first_score(run) for run in runs.values())
             kept = (min(means) - start) / (max(means) - start)
             rows.append([name, method, *map(spread, finals), f"{kept:.2f}"])
@@ -148,10 +159,15 @@ def sweep(method, settings, *lines):
     return grid(["CSV", "", *settings.split(",")], rows)
 
 
+def scores(rows):
+    """Return or reward of the rows that have one."""
+    known = [list(row.values())[3] for row in rows]
+    return [score for score in known if not math.isnan(score)]
+
+
 def first_score(rows):
-    """Return or reward of the first row that has one."""
-    scores = [list(row.values())[3] for row in rows]
-    return next(score for score in scores if not math.isnan(score))
+    """That of the first row, about the untrained policy's."""
+    return scores(rows)[0]
 
 
 def cell(name, row, column):
