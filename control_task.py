@@ -329,7 +329,7 @@ def main():
             return evaluate(args.eval, args.gif)
         make_envs(args.env, 1).close()
         records = dipod.prepare(args, settings_of)
-    except (ValueError, OSError, RuntimeError, KeyError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         parser.error(str(error).splitlines()[0])
     print(f"{args.env}, {args.steps} steps, {args.policy} policy")
     errors = dipod.run_all(train, records, args, "return")

@@ -65,7 +65,7 @@ def dipod_loss(
         advantages: (B,).
         beta: >= 0, in the unit of the advantages, to which it is added (below), whatever the unit
             of the ELBOs. 0 is FPO (2507.21053).
-        clip: > 0, half-width of the trust region of the ratio.
+        clip: > 0, half-width of the trust region of the ratio, which is at most exp(10).
         trust_region: "ppo", "spo" or "aspo", see `_surrogate`.
         weight: (B,) >= 0; a mean over samples is then sum(w*x) / sum(w). So scale the loss of a
             micro-batch by its sum(w) over the whole sum. w = length suits ELBOs per token only.

@@ -290,14 +290,15 @@ def main():
     if RANK > 0:  # rank 0 checks, and says what to run
         return train_together(None, args)
     try:
-        for path in args.base or Path(args.out or "", "base").glob("*.pt"):
+        held = Path(args.out, "base").glob("*.pt") if args.out else []
+        for path in args.base or held:
             load_model(path)
         if args.prompts % WORLD:
             raise ValueError(f"--prompts: expected a multiple of {WORLD} processes")
         records = dipod.prepare(args, settings_of, args.base)
         if not args.base:
             args.base = pretrain_bases(next(iter(records)).parent / "base", args)
-    except (ValueError, OSError, RuntimeError, KeyError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         parser.error(str(error).splitlines()[0])
     if WORLD > 1:
         errors = train_together(records, args)

@@ -80,7 +80,10 @@ def opened(method, *names):
 
 
 def lost(method, *names):
-    """How many runs of how many end, or stop, with less than half of their best gain so far."""
+    """How many runs of how many end, or stop, with less than half of their best gain.
+
+    The gain is over the first score; the end is the last tenth of the run's steps.
+    """
     kept = []
     for name in names:
         finals = values(name, "final", method)
@@ -166,7 +169,7 @@ def scores(rows):
 
 
 def first_score(rows):
-    """That of the first row, about the untrained policy's."""
+    """The first return or reward of a run, about that of the untrained policy."""
     return scores(rows)[0]
 
 
