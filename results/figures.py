@@ -11,8 +11,12 @@ from matplotlib.figure import Figure
 import dipod
 
 ROOT = Path(__file__).parent.parent
-RATES = ("1e-3", "2e-3", "4e-3", "8e-3", "1.6e-2")
-RATE_TASKS = {"Reacher-v5": "reacher", "Hopper-v5": "hopper", "HalfCheetah-v5": "halfcheetah"}
+SWEEPS = {  # panels of learning_rates.png
+    "Reacher-v5": ("lr_reacher", "slow_reacher"),
+    "Hopper-v5": ("lr_hopper", "slow_hopper"),
+    "HalfCheetah-v5": ("lr_halfcheetah", "slow_halfcheetah"),
+    "language": ("lr_lm",),
+}
 
 
 def start(panels, height=2.8):
@@ -31,21 +35,33 @@ def curves(name, methods, file):
 
 
 def learning_rates():
-    """Final return over learning rates: mean of the seeds, and lowest to highest shaded."""
-    figure, axes = start(len(RATE_TASKS))
-    for axis, (title, task) in zip(axes, RATE_TASKS.items()):
-        for method in ("fpo", "dipod", "ppo"):
-            finals = []
-            for rate in RATES:
-                values = tables.values(f"lr_{task}/{rate}", "final", method).values()
-                finals.append((min(values), mean(values), max(values)))
-            low, middle, high = zip(*finals)
-            x = [float(rate) for rate in RATES]
-            axis.plot(x, middle, marker="o", color=dipod.COLORS[method], label=method)
-            axis.fill_between(x, low, high, color=dipod.COLORS[method], alpha=0.15)
-        axis.set(title=title, xscale="log", xlabel="learning rate", ylabel="final return")
-    axes[0].legend()
+    """Final score over learning rates: mean of the seeds; lowest to highest is shaded."""
+    figure = Figure(figsize=(7.2, 5.4), layout="constrained")
+    axes = figure.subplots(2, 2).flat
+    for axis, (title, names) in zip(axes, SWEEPS.items()):
+        for name in names:
+            for method in tables.read(tables.over_rates(name)[0]):
+                sweep(axis, name, method)
+        axis.set(title=title, xscale="log", xlabel="learning rate", ylabel="final score")
+    axes[0].legend(fontsize="small", loc="lower left")
+    axes[3].legend(fontsize="small")
     figure.savefig(ROOT / "assets" / "learning_rates.png", dpi=110)
+
+
+def sweep(axis, name, method):
+    """One method over the learning rates of NAME/RATE; slow_* is dashed, without the range."""
+    finals = {}
+    for line in tables.over_rates(name):
+        finals[float(line.partition("/")[2])] = tables.values(line, "final", method).values()
+    rates = list(finals)
+    means = [mean(seeds) for seeds in finals.values()]
+    color = dipod.COLORS[method]
+    if name.startswith("slow_"):
+        axis.plot(rates, means, "--", color=color, label=f"{method}, slow flow")
+        return
+    axis.plot(rates, means, "o-", color=color, label=method)
+    ends = [min(seeds) for seeds in finals.values()], [max(seeds) for seeds in finals.values()]
+    axis.fill_between(rates, *ends, color=color, alpha=0.15)
 
 
 def columns(name, key):

@@ -133,33 +133,46 @@ def methods(names, *more):
     return grid(["CSV", "method", *columns], rows)
 
 
-def rates(*names):
-    """Final score over the learning rates of each NAME/RATE, and how much the worst of them keeps.
+def by_method(methods, *columns):
+    """A row for each of METHOD,METHOD..., a column for each COLUMN:NAME; of NAME/* the best case."""
+    rows = []
+    for method in methods.split(","):
+        cells = []
+        for item in columns:
+            column, name = item.split(":")
+            lines = [line for line in cases(name) if method in read(line)]
+            lines.sort(key=lambda line: mean(values(line, "final", method).values()))
+            cells.append(average(column, method, lines[-1]) if lines else "-")
+        rows.append([method, *cells])
+    return grid(["method", *(item.replace(":", ", ") for item in columns)], rows)
+
+
+def over_rates(name):
+    """NAME/RATE of each learning rate, the lowest first."""
+    return sorted(cases(f"{name}/*"), key=lambda line: float(line.partition("/")[2]))
+
+
+def rates(methods, *names):
+    """How much the worst learning rate of NAME/RATE keeps, and which rates are best and worst.
 
     That is (worst - start) / (best - start) of the means; start is the untrained policy's score.
     """
     rows = []
     for name in names:
-        lines = sorted(cases(f"{name}/*"), key=lambda line: float(line.partition("/")[2]))
-        for method, runs in read(lines[0]).items():
-            finals = [values(line, "final", method).values() for line in lines]
-            means = [mean(seeds) for seeds in finals]
-            start = mean(first_score(run) for run in runs.values())
-            kept = (min(means) - start) / (max(means) - start)
-            rows.append([name, method, *map(spread, finals), f"{kept:.2f}"])
-    factors = ("default / 4", "default / 2", "default", "default x 2", "default x 4")
-    return grid(["CSV", "method", *factors, "worst over best"], rows)
-
-
-def sweep(method, settings, *lines):
-    """Final score and gap of a method over SETTING,SETTING...; each line is NAME,NAME..."""
-    rows = []
-    for line in lines:
-        names = line.split(",")
-        for column in ("final", "gap"):
-            cells = [average(column, method, name) for name in names]
-            rows.append([names[0].partition("/")[0], column, *cells])
-    return grid(["CSV", "", *settings.split(",")], rows)
+        lines = over_rates(name)
+        cells = []
+        for method in methods.split(","):
+            if method not in read(lines[0]):
+                cells.append("-")
+                continue
+            finals = {mean(values(x, "final", method).values()): x for x in lines}
+            worst, best = min(finals), max(finals)
+            start = mean(first_score(run) for run in read(lines[0])[method].values())
+            kept = (worst - start) / (best - start)
+            ends = [finals[end].partition("/")[2] for end in (worst, best)]
+            cells.append(f"{kept:.2f} ({ends[0]}, {ends[1]})")
+        rows.append([name, *cells])
+    return grid(["CSV", *methods.split(",")], rows)
 
 
 def scores(rows):
