@@ -134,7 +134,7 @@ def methods(names, *more):
 
 
 def by_method(methods, *columns):
-    """A row for each of METHOD,METHOD..., a column for each COLUMN:NAME; of NAME/* the best case."""
+    """Rows METHOD,METHOD..., a column for each COLUMN:NAME, of NAME/* the best case."""
     rows = []
     for method in methods.split(","):
         cells = []
