@@ -229,9 +229,9 @@ def train(settings, path, place, args):
     parts = {"policy": policy, "value": value, "norm": norm, "envs": envs}
     parts |= {"optimizer": optimizer, "decay": decay}
     run = dipod.Run(path, settings, parts, place, args.resume)
-    obs, _ = envs.reset(seed=1000 * settings["seed"] + run.iteration)
+    obs, _ = envs.reset(seed=1000 * settings["seed"] + run.first_step // size)
     returns, score = [], math.nan
-    for iteration in range(run.iteration, iterations):
+    for iteration in range(run.first_step // size, iterations):
         samples, obs, finished = rollout(policy, value, norm, envs, obs)
         returns += finished
         if iteration == 0:  # only for the observation statistics, which change the inputs
@@ -253,7 +253,7 @@ def train(settings, path, place, args):
         if due:
             score = float(np.mean(returns)) if returns else score  # no episode may have ended
             row = {"step": (iteration + 1) * size, "return": score}
-            run.add(iteration + 1, row | measured | info)
+            run.add(row | measured | info)
             returns = []
 
 
@@ -302,7 +302,7 @@ def settings_of(method, seed, args):
     """The flags that a run depends on. Only a run with the same settings resumes its record."""
     settings = {"task": "control", "method": method, "seed": seed, "env": args.env}
     settings |= {"policy": args.policy, "steps": args.steps, "lr": args.lr} | METHODS[method]
-    settings["beta"] = args.beta if settings["beta"] else False
+    settings["beta"] *= args.beta  # 0 if the method has none
     if settings["distill"] and args.distill is not None:
         settings["updates"] = args.distill
     return settings

@@ -17,8 +17,7 @@ to every policy-gradient update. `two_token`, section 5, shows it all in 30 line
 
 Shapes: B samples, N draws, T tokens of which L are maskable, V vocabulary, O observation and A
 action dimensions. In a formula A is the advantage. Likelihoods are in nats; higher is better. A
-wrong shape, name or number is a ValueError that names it. Lines that differ from PPO because of
-DiPOD carry the tag [DiPOD].
+wrong shape, name or number is a ValueError that names it. [DiPOD] tags what PPO does not have.
 """
 
 import math
@@ -63,12 +62,11 @@ def dipod_loss(
             A sequence's log ratio grows with its length L: for long ones pass all ELBOs / L.
         old_elbo: as `elbo`, by the policy that sampled, from the same draws. A constant.
         advantages: (B,).
-        beta: >= 0, in the unit of the advantages, to which it is added (below), whatever the unit
-            of the ELBOs. 0 is FPO (2507.21053).
+        beta: >= 0, in the unit of the advantages, not of the ELBOs. At 0 this is FPO (2507.21053).
         clip: > 0, half-width of the trust region of the ratio, which is at most exp(10).
         trust_region: "ppo", "spo" or "aspo", see `_surrogate`.
-        weight: (B,) >= 0; a mean over samples is then sum(w*x) / sum(w). So scale the loss of a
-            micro-batch by its sum(w) over the whole sum. w = length suits ELBOs per token only.
+        weight: (B,) >= 0: a mean over samples is sum(w*x) / sum(w). Multiply a micro-batch's loss
+            by its share of the whole sum(w). Lengths as weights suit ELBOs per token only.
         distill_elbo: (B,) or (B, M), another ELBO for the regularizer: of the part of a policy that
             has a gap (`FlowPolicy.latent_elbo`), or of actions sampled anew.
     Returns: loss, 0-d; info, detached 0-d "policy_loss", "elbo", "ratio", "clip_fraction".
@@ -78,7 +76,7 @@ def dipod_loss(
     _expect(old_elbo.shape == elbo.shape, "old_elbo", f"{elbo.shape} as elbo", old_elbo.shape)
     _expect(not isinstance(clip, Tensor) or clip.dim() == 0, "clip", "one number", clip)
     _expect(clip > 0, "clip", "a number > 0", clip)
-    log_ratio = _select(_upcast(elbo) - old_elbo.detach(), weight)
+    log_ratio = _rows(elbo, weight) - _rows(old_elbo.detach(), weight)  # (B, N) or (B, 1)
     excess = (log_ratio - 10).clamp(min=0)  # so that exp stays finite
     ratio = (log_ratio - excess.detach()).exp()  # at the cap a clamp would have no gradient
     width = clip * torch.ones_like(ratio)  # torch.compile would compile anew for each number
@@ -94,7 +92,7 @@ def dipod_loss(
 
 def _surrogate(ratio, advantages, clip, trust_region):
     """PPO's clip (1707.06347), SPO's penalty; FPO++'s ASPO (2602.02481): PPO if A > 0, else SPO."""
-    a = advantages if ratio.dim() == 1 else advantages[:, None]
+    a = advantages[:, None]
     ppo = torch.minimum(ratio * a, ratio.clamp(1 - clip, 1 + clip) * a)
     spo = ratio * a - a.abs() / (2 * clip) * (ratio - 1).square()
     surrogates = {"ppo": ppo, "spo": spo, "aspo": torch.where(a > 0, ppo, spo)}
@@ -105,10 +103,9 @@ def _surrogate(ratio, advantages, clip, trust_region):
 def _check_loss(advantages, beta, weight, **elbos):
     """What both losses check. Returns beta and the weights of the samples (B,), by default 1."""
     weight = _upcast(torch.ones_like(advantages) if weight is None else weight)
-    shapes = {}
-    for (name, elbo), draws in zip(elbos.items(), "NM"):
-        shapes[name] = (elbo, "B" + draws if elbo.dim() == 2 else "B")
-    _check_shapes(**shapes, advantages=(advantages, "B"), weight=(weight, "B"))
+    for name, elbo in elbos.items():
+        shape = {name: (elbo, "B" if elbo.dim() == 1 else "BN")}
+        _check_shapes(advantages=(advantages, "B"), weight=(weight, "B"), **shape)
     _expect(not isinstance(beta, Tensor) or beta.dim() == 0, "beta", "one number", beta)
     _expect((beta >= 0) & (beta < math.inf), "beta", "a finite number >= 0", beta)
     usable = (weight >= 0).all() & (weight.sum() > 0) & (weight.sum() < math.inf)
@@ -121,14 +118,14 @@ def _upcast(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _select(x, weight):
-    """x (B,) or (B, N) with 0 for samples of weight 0; a product would not do: 0 * NaN is NaN."""
-    return _upcast(x).masked_fill((weight if x.dim() == 1 else weight[:, None]) == 0, 0.0)
+def _rows(x, weight):
+    """(B, N) of x, (B,) or (B, N), with 0 for samples of weight 0, because 0 * NaN is NaN."""
+    return _upcast(x).view(len(x), -1).masked_fill(weight[:, None] == 0, 0.0)
 
 
 def _mean(x, weight):
     """Mean over draws, then weighted mean over samples: 0-d, and 0 if all weights are 0."""
-    per_sample = _select(x, weight).view(len(x), -1).mean(1)
+    per_sample = _rows(x, weight).mean(1)
     return (weight * per_sample).sum() / weight.sum().clamp(min=torch.finfo(weight.dtype).tiny)
 
 
@@ -142,8 +139,9 @@ def spg_loss(elbo, eubo, advantages, beta=0.05, mix=0.5, weight=None):
     beta, weight = _check_loss(advantages, beta, weight, elbo=elbo)
     _expect(eubo.shape == weight.shape, "eubo", f"{weight.shape} as advantages", eubo.shape)
     _expect(0 <= mix <= 1, "mix", "a number in [0, 1]", mix)
-    elbo = _select(elbo, weight).view(len(elbo), -1).mean(1)
-    score = torch.where(advantages > 0, elbo, mix * _select(eubo, weight) + (1 - mix) * elbo)
+    elbo = _rows(elbo, weight).mean(1)
+    eubo = _rows(eubo, weight).mean(1)
+    score = torch.where(advantages > 0, elbo, mix * eubo + (1 - mix) * elbo)
     policy_loss = -_mean(advantages * score, weight)
     loss = policy_loss - beta * _mean(elbo, weight)  # [DiPOD]
     info = {"policy_loss": policy_loss, "elbo": _mean(elbo, weight), "eubo": _mean(eubo, weight)}
@@ -163,7 +161,7 @@ def group_advantages(rewards, normalize=True):
 # 2. Masked diffusion (LLaDA, 2502.09992). The sampler reveals one random masked token per step. To
 # estimate its ELBO, draw k uniformly from 1..L, mask k random tokens, and weight them by L / k.
 class MaskDraws(NamedTuple):
-    """Which tokens each draw masks. The same for old and new; index both by the minibatch."""
+    """Which tokens each draw masks. Old and new use the same; a minibatch indexes both fields."""
 
     mask: Tensor  # (B, N, T) bool
     weight: Tensor  # (B, N) float, L / k
@@ -181,8 +179,7 @@ def draw_masks(maskable, num_draws, generator=None):
     random = {"device": maskable.device, "dtype": torch.float32, "generator": generator}
     pairs = (num_draws + 1) // 2
     length = maskable.sum(1, keepdim=True)  # (B, 1), L
-    u = torch.rand(len(maskable), pairs, **random)
-    index = (u * length).long()  # (B, pairs), k - 1
+    index = (torch.rand(len(maskable), pairs, **random) * length).long()  # (B, pairs), k - 1
     key = torch.rand(len(maskable), pairs, maskable.shape[1], **random)  # sorts into random order
     key = key.masked_fill(~maskable[:, None], math.inf)
     kth = key.sort(-1).values.gather(-1, index[..., None])  # (B, pairs, 1), key of the k-th token
@@ -204,9 +201,8 @@ def _masked_log_prob(model, tokens, mask, mask_id):
 def masked_elbo(model, tokens, draws, mask_id):
     """ELBO (B, N) = (L/k) * sum over masked i of log p(x_i | unmasked), in nats per sequence.
 
-    tokens: (B, T) int, as sampled. model: tokens (M, T) -> logits (M, T, V), which are -inf at
-    mask_id if it is below V; with dropout off and the same autocast for old and new, or the first
-    ratio is not 1.
+    tokens: (B, T) int, as sampled. model: tokens (M, T) -> logits (M, T, V), -inf at a mask_id < V;
+    dropout is off, and autocast the same for old and new, or the first ratio is not 1.
     """
     mask, weight = draws
     _check_shapes(tokens=(tokens, "BT"), mask=(mask, "BNT"), weight=(weight, "BN"))
@@ -243,14 +239,15 @@ def sample_masked(model, tokens, mask_id, temperature=1.0, generator=None):
     _expect(temperature >= 0, "temperature", "a number >= 0", temperature)
     masked = tokens == mask_id
     num_masked = masked.sum(1)
-    random = {"device": tokens.device, "dtype": torch.float32, "generator": generator}
-    order = torch.rand(tokens.shape, **random)
+    order = torch.rand(tokens.shape, dtype=torch.float32, device=tokens.device, generator=generator)
     order = order.masked_fill(~masked, math.inf).argsort(1)  # masked positions come first
     tokens = tokens.clone()
     for step in range(int(num_masked.max())):
         row = (step < num_masked).nonzero()[:, 0]  # the rows that still hold a mask
         position = order[row, step]
-        logits = _upcast(model(tokens)[row, position])
+        logits = model(tokens)
+        _check_shapes(tokens=(tokens, "BT"), logits=(logits, "BTV"))
+        logits = _upcast(logits[row, position])
         if 0 <= mask_id < logits.shape[1]:
             logits[:, mask_id] = -math.inf
         probability = (logits / max(temperature, 1e-6)).softmax(1)
@@ -269,7 +266,7 @@ _NORMAL = torch.distributions.Normal(0.0, 1.0, validate_args=False)
 
 
 class FlowDraws(NamedTuple):
-    """Time and noise of each draw. The same for old and new; index both by the minibatch."""
+    """Time and noise of each draw. Old and new use the same; a minibatch indexes both fields."""
 
     time: Tensor  # (B, N, 1) in [0, 1]
     noise: Tensor  # (B, N, A) standard normal
@@ -278,8 +275,7 @@ class FlowDraws(NamedTuple):
 def draw_flow(action, num_draws, generator=None):
     """FlowDraws for actions (B, A), N = num_draws, in pairs (time, noise), (1 - time, -noise).
 
-    Where the velocity is 0, the draws only add a constant to a pair's mean ELBO: a ratio has no
-    noise. Of `action` only shape, device and dtype matter.
+    Where the velocity is 0, draws add a constant to a pair's mean ELBO and no noise to a ratio.
     """
     _check_shapes(action=(action, "BA"))
     _expect(num_draws >= 1, "num_draws", "a number >= 1", num_draws)
@@ -296,11 +292,12 @@ def _on_path(velocity, action, time, noise, path):
     """x, the target dx/dtau, the velocity at x, all (B, N, A), and alpha and sigma (B, N, 1)."""
     _check_shapes(action=(action, "BA"), time=(time, "BN1"), noise=(noise, "BNA"))
     _expect(path in _TAU, "path", f"one of {[*_TAU]}", path)
-    a, eps = _upcast(action), _upcast(noise)
+    a = _upcast(action)[:, None]
+    eps = _upcast(noise)
     tau = _upcast(time) * _TAU[path]
     alpha, sigma = (1 - tau, tau) if path == "linear" else (tau.cos(), tau.sin())
-    x = alpha * a[:, None] + sigma * eps
-    target = eps - a[:, None] if path == "linear" else alpha * eps - sigma * a[:, None]
+    x = alpha * a + sigma * eps
+    target = eps - a if path == "linear" else alpha * eps - sigma * a
     v = velocity(x.to(action.dtype), time.to(action.dtype))
     _check_shapes(noise=(noise, "BNA"), velocity=(v, "BNA"))
     return x, target, v, alpha, sigma
@@ -319,13 +316,14 @@ def flow_elbo(velocity, action, draws, path="linear"):
 
 
 def _solver(velocity, num_steps, method, path):
-    """The ODE solver's step(x, time), from time to time - 1 / num_steps."""
+    """The ODE solver's step(x, i), from time 1 - i / num_steps to 1 - (i + 1) / num_steps."""
     _expect(num_steps >= 1, "num_steps", "a number >= 1", num_steps)
     _expect(method in ("midpoint", "euler"), "method", "'midpoint' or 'euler'", method)
     _expect(path in _TAU, "path", f"one of {[*_TAU]}", path)
     dtau = _TAU[path] / num_steps
 
-    def step(x, time):
+    def step(x, i):
+        time = 1 - i / num_steps
         v = velocity(x, x.new_full((len(x), 1), time))
         _check_shapes(noise=(x, "BA"), velocity=(v, "BA"))
         if method == "midpoint":
@@ -339,14 +337,13 @@ def _solver(velocity, num_steps, method, path):
 def flow_sample(velocity, noise, num_steps, method="midpoint", path="linear"):
     """Action (B, A): integrates velocity(x (B, A), time (B, 1)) from noise (B, A); differentiable.
 
-    "midpoint" with n steps costs what "euler" with 2n does, and shrinks the policy's spread far
-    less when a flow is distilled on its own samples.
+    "midpoint" with n steps costs what "euler" with 2n does, and keeps more of the policy's std.
     """
     _check_shapes(noise=(noise, "BA"))
     step = _solver(velocity, num_steps, method, path)
     x = noise
     for i in range(num_steps):
-        x = step(x, 1 - i / num_steps)
+        x = step(x, i)
     return x
 
 
@@ -382,6 +379,8 @@ class FlowPolicy(nn.Module):
         self.obs_layer = nn.Linear(obs_dim, 64)
         self.flow_layer = nn.Linear(2 + action_dim, 64, bias=False)
         self.net = nn.Sequential(nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, action_dim))
+        for layer in (self.obs_layer, self.flow_layer, self.net):
+            layer.requires_grad_(flow)  # DistributedDataParallel waits for every gradient
         if tight:
             nn.init.zeros_(self.net[-1].weight)
             nn.init.zeros_(self.net[-1].bias)
@@ -431,7 +430,8 @@ class FlowPolicy(nn.Module):
 
     def bound(self, obs, action, draws):
         """ELBO (B, N) in nats; on the linear path from time 0.005 on, since at 0 it diverges."""
-        z, path = self.standardize(obs, action), self.solver["path"]
+        z = self.standardize(obs, action)
+        path = self.solver["path"]
         min_time = 0.0 if path == "vp" else 0.005
         return flow_bound(self.velocity(obs), z, draws, path, min_time) - self.log_std.sum()
 
@@ -446,25 +446,25 @@ def exact_likelihood(model, tokens, maskable, mask_id):
     L <= 14 in each row, because all 2^L - 1 contexts go through the model at once.
     """
     _check_shapes(tokens=(tokens, "BT"), maskable=(maskable, "BT"))
-    lengths = maskable.sum(1).tolist()
+    lengths = maskable.sum(1).unique().tolist()
     length = lengths[0]
-    ok = set(lengths) == {length} and 1 <= length <= 14
-    _expect(ok, "maskable", "the same number of maskable tokens in each row, 1 to 14", lengths)
+    _expect(len(lengths) == 1 and 0 < length < 15, "maskable", "one length from 1 to 14", lengths)
     subsets = torch.arange(2**length - 1, device=tokens.device)  # bit i of S: token i is revealed
     hidden = (subsets[:, None] >> torch.arange(length, device=tokens.device)) % 2 == 0  # (S, L)
-    place = (maskable.cumsum(1) - 1).clamp(min=0)  # (B, T), which of the L tokens
-    mask = hidden[:, place].transpose(0, 1) & maskable[:, None]  # (B, S, T)
-    log_p = _masked_log_prob(model, tokens, mask, mask_id)
-    log_p = log_p.transpose(1, 2)[maskable].view(-1, length, len(subsets))  # (B, L, S)
+    region = maskable[:, None].expand(-1, len(subsets), -1)  # (B, S, T), the L tokens of a row
+    mask = region.masked_scatter(region, hidden.expand(len(tokens), -1, -1))
+    log_p = _masked_log_prob(model, tokens, mask, mask_id)[region].view(-1, *hidden.shape)
 
+    contexts = log_p.unbind(1)  # indexing log_p itself would take 4^L for the gradient
     log_f = [log_p.new_zeros(len(tokens))]
     for subset in range(1, 2**length):
         members = [i for i in range(length) if subset >> i & 1]
-        terms = [log_f[subset - 2**i] + log_p[:, i, subset - 2**i] for i in members]
-        log_f.append(torch.stack(terms).logsumexp(0) - math.log(length - len(members) + 1))
+        terms = [log_f[subset - 2**i] + contexts[subset - 2**i][:, i] for i in members]
+        terms = torch.stack(terms).clamp(min=-1e30)  # logsumexp of -inf alone has a NaN gradient
+        log_f.append(terms.logsumexp(0) - math.log(length - len(members) + 1))
     share = [1 / (math.comb(length, n) * n) for n in hidden.sum(1).tolist()]  # in the two means
     with torch.autocast(tokens.device.type, enabled=False):  # else the product would be bfloat16
-        return log_f[-1], log_p.sum(1) @ log_p.new_tensor(share)
+        return log_f[-1], log_p.sum(2) @ log_p.new_tensor(share)
 
 
 def flow_log_prob(velocity, noise, num_steps, method="midpoint", path="linear", action=None):
@@ -473,28 +473,26 @@ def flow_log_prob(velocity, noise, num_steps, method="midpoint", path="linear", 
     log_prob = log N(noise) - sum over steps of log|det Jacobian|. Its gradient is that at the fixed
     action: the noise that leads there moves with the parameters. So each step is inverted, by one
     Newton step from its stored start, which changes no value and has the inverse's gradient. Pass
-    z = (a - mean) / std as `action` to differentiate mean and std too. Rows are independent. If the
-    map from noise to action is not one to one, this is a lower bound. `noise`: float32 or better.
+    z = (a - mean) / std as `action` to differentiate mean and std too. If the map from noise to
+    action is not one to one, this is a lower bound.
     """
     _check_shapes(noise=(noise, "BA"), action=(noise if action is None else action, "BA"))
     step = _solver(velocity, num_steps, method, path)
 
-    def jacobian(x, time):  # (B, A, A); rows are independent, so their sum serves all of them
-        return torch.func.jacrev(lambda x: step(x, time).sum(0))(x).movedim(1, 0)
+    def jacobian(x, i):  # (B, A, A); rows are independent, so their sum serves all of them
+        return torch.func.jacrev(lambda x: step(x, i).sum(0))(x).movedim(1, 0)
 
-    end = noise.detach()
-    starts = []
+    states = [noise.detach()]
     with torch.no_grad():
         for i in range(num_steps):
-            starts.append((end, 1 - i / num_steps))
-            end = step(*starts[-1])
-    x = end if action is None else action
+            states.append(step(states[i], i))
+    x = states[-1] if action is None else action
     log_det = 0.0
-    for start, at in reversed(starts):
-        error = step(start, at) - x
-        x = start - torch.linalg.solve_ex(jacobian(start, at).detach(), error)[0]
-        log_det = log_det + torch.linalg.slogdet(jacobian(x, at))[1]
-    return end, _NORMAL.log_prob(x).sum(-1) - log_det
+    for i in reversed(range(num_steps)):
+        error = step(states[i], i) - x
+        x = states[i] - torch.linalg.solve_ex(jacobian(states[i], i).detach(), error)[0]
+        log_det = log_det + torch.linalg.slogdet(jacobian(x, i))[1]
+    return states[-1], _NORMAL.log_prob(x).sum(-1) - log_det
 
 
 def flow_bound(velocity, action, draws, path="linear", min_time=0.0):
@@ -533,8 +531,7 @@ def two_token(beta=0.2, steps=1500, lr=0.1, rewards=(0.8, 1.0, 0.7, 1.0)):
     """Two tokens over {A, B}, six logits that start at 0, and rewards of AA, AB, BA, BB.
 
     Gradient ascent along E_pi[(A + beta) grad elbo] with A = r - E_pi[r], expectations exact.
-    Returns (steps+1,) float64, before each update and after the last, of "gap_AA", and under pi the
-    mean "gap", the "alignment" and the mean "reward".
+    Returns "gap_AA", mean "gap", "alignment" and mean "reward" under pi: (steps+1,) float64 each.
     """
     theta = torch.zeros(2, 3, dtype=torch.float64, requires_grad=True)
 
@@ -568,6 +565,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -577,6 +575,7 @@ from pathlib import Path
 COLORS = {"fpo": "#D55E00", "dipod": "#0072B2", "ppo": "black", "exact": "black"}
 COLORS |= {"positives": "#009E73", "fpo++": "#E69F00", "dipod++": "#56B4E9", "distill": "#009E73"}
 COLORS |= {"interleave": "#CC79A7", "spg": "#E69F00", "spg-dipod": "#56B4E9", "d1": "#F0E442"}
+HEADER = "method     seed      step {:>9}  gap/nats alignment   steps/s time left"  # of `Run.add`
 
 
 def task_parser(doc, methods, default):
@@ -630,9 +629,8 @@ def prepare(args, settings_of, inputs=()):
     out = Path(args.out or next(name for name in names if not Path(name).exists()))
     records = {out / f"{run['method']}_{run['seed']}.pt": run for run in runs}
     _expect(len(records) == len(runs), "--methods", "each method once", args.methods)
-    written = {path.resolve() for path in records}
-    for path in inputs:
-        _expect(path.resolve() not in written, "--base", "no record that is written here", path)
+    clash = {path.resolve() for path in inputs} & {path.resolve() for path in records}
+    _expect(not clash, "--base", "no record that is written here", ", ".join(map(str, clash)))
     for path in out.glob("*.pt"):
         if path in records and args.overwrite:
             continue
@@ -646,8 +644,7 @@ def prepare(args, settings_of, inputs=()):
         changed = [f"{name} {new.get(name)}" for name in old if new.get(name) != old[name]]
         _expect(not changed, "--out", f"the settings of {path}", ", ".join(changed))
     out.mkdir(parents=True, exist_ok=True)
-    (out / "writable.partial").touch()
-    (out / "writable.partial").unlink(missing_ok=True)  # another command may be as far as this
+    tempfile.TemporaryFile(dir=out).close()  # OSError where nothing can be written
     if args.overwrite:
         for path in records:
             path.unlink(missing_ok=True)
@@ -659,24 +656,25 @@ class Run:
     """A run's record: METHOD_SEED.pt, from which it goes on, and METHOD_SEED.csv, its rows."""
 
     def __init__(self, path, settings, parts, place, resume):
-        self.path, self.settings = path, settings
-        self.parts, self.place = parts, place  # place: number of this run, of all runs, --jobs
-        self.rows, self.iteration = [], 0
+        self.path = path
+        self.settings = settings
+        self.parts = parts
+        self.place = place  # number of this run, of all runs, --jobs
+        self.rows = []
         self.started = time.monotonic()
         if resume and path.exists():
             state = load(path, settings["task"])
-            self.rows, self.iteration = state["rows"], state["iteration"]
+            self.rows = state["rows"]
             for name, part in parts.items():
                 part.load_state_dict(state[name])
             torch.set_rng_state(state["rng"])
         self.first_step = self.rows[-1]["step"] if self.rows else 0
 
-    def add(self, iteration, row):
+    def add(self, row):
         """Saves a row, whose first columns are step, score, gap and alignment, then prints it."""
         self.rows.append({"method": self.settings["method"], "seed": self.settings["seed"]} | row)
         state = {name: part.state_dict() for name, part in self.parts.items()}
-        state |= {"settings": self.settings, "rows": self.rows, "iteration": iteration}
-        state["rng"] = torch.get_rng_state()
+        state |= {"settings": self.settings, "rows": self.rows, "rng": torch.get_rng_state()}
         partial = self.path.with_suffix(".partial")
         with open(partial, "w", newline="") as file:
             writer = csv.DictWriter(file, self.rows[0])
@@ -696,27 +694,20 @@ class Run:
         print(line.replace("nan", "  -") + "\n", end="", flush=True)  # one write, never mixed
 
 
-def print_header(score):
-    """The names over the rows that `Run.add` prints."""
-    header = f"{'method':<10} seed      step {score:>9}  gap/nats alignment   steps/s time left"
-    print(header, flush=True)
-
-
 def run_all(train, records, args, score):
     """Calls train(settings, path, place, args) for all runs in parallel; {path: error} if any."""
-    errors, futures = {}, {}
-    spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(args.jobs, spawn, start_worker)
+    errors = {}
+    futures = {}
+    pool = ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn"), start_worker)
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit it: Ctrl-C is ours
     for number, (path, settings) in enumerate(records.items(), 1):
         place = (number, len(records), args.jobs)
         futures[pool.submit(attempt, train, settings, path, place, args)] = path
     signal.signal(signal.SIGINT, handler)
-    print_header(score)
+    print(HEADER.format(score), flush=True)
     for future in as_completed(futures):
         path = futures[future]
-        killed = "a process of this command was killed"
-        error = killed if future.exception() else future.result()
+        error = "a process of this command was killed" if future.exception() else future.result()
         if error:
             errors[path] = error
             print(f"{path.stem} stopped: {error}", file=sys.stderr)
@@ -774,7 +765,7 @@ def finish(records, errors):
         print(f"{method:<10} {len(values):>5}  " + "  ".join(cells))
     print(f"\nrecords and CSVs: {first.parent}")
     try:
-        draw(runs.values(), first.parent / "figure.png")
+        draw([run for run in runs.values() if run["rows"]], first.parent / "figure.png")
         print(f"figure: {first.parent / 'figure.png'}")
     except Exception as error:  # noqa: BLE001 - no matplotlib, or an MPLBACKEND unknown to it
         print(f"no figure: {error}")
@@ -810,9 +801,10 @@ def draw(runs, file):
     axes = figure.subplots(1, 3)
     handles = {}
     for run in runs:
-        method, rows = run["settings"]["method"], run["rows"]
-        for axis, column in zip(axes, list(rows[0])[3:6] if rows else ()):
-            steps, values = [row["step"] for row in rows], [row[column] for row in rows]
+        method = run["settings"]["method"]
+        steps = [row["step"] for row in run["rows"]]
+        for axis, column in zip(axes, list(run["rows"][0])[3:6]):
+            values = [row[column] for row in run["rows"]]
             (handles[method],) = axis.plot(steps, values, color=COLORS.get(method))
             axis.set(xlabel="steps", ylabel=column)
             axis.locator_params(axis="x", nbins=4)

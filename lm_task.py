@@ -36,7 +36,8 @@ DRAWS = 4  # masks of a completion, kept for old, new and all inner updates
 CLIP = 0.2
 BETA = 0.3  # in advantage per nat of a sequence's ELBO
 TARGETS = torch.arange(28)  # all values from 0 on that an expression can have
-HELD_OUT = TARGETS % 4 == 2  # every fourth, which RL never sees
+HELD_OUT = TARGETS[2::4]  # every fourth, which RL never sees
+TRAINED = TARGETS[TARGETS % 4 != 2]
 RANK = int(os.environ.get("RANK", "0"))  # torchrun's
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 ROWS = 10  # rows of a run's record, about; exact likelihoods cost as much as several iterations
@@ -105,10 +106,11 @@ def pretrain(settings, path, place, args):
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps, pct_start=0.1)
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
     run = dipod.Run(path, settings, parts, place, resume=True)
-    digits, signs = torch.arange(10), torch.tensor([PLUS, MINUS])
+    digits = torch.arange(10)
+    signs = torch.tensor([PLUS, MINUS])
     completions = torch.cartesian_prod(digits, signs, digits, signs, digits)
     completions = completions[values(completions) >= 0]
-    for step in range(run.iteration + 1, steps + 1):
+    for step in range(run.first_step + 1, steps + 1):
         chosen = completions[torch.randint(len(completions), (256,))]
         lies = torch.randint(len(TARGETS), (256,))
         tokens = start_tokens(torch.where(torch.rand(256) < TRUTH, values(chosen), lies))
@@ -121,8 +123,7 @@ def pretrain(settings, path, place, args):
         optimizer.step()
         schedule.step()
         if step % (steps // 4) == 0:
-            row = {"step": step, "elbo": -loss.item(), "gap": math.nan, "alignment": math.nan}
-            run.add(step, row)
+            run.add({"step": step, "elbo": -loss.item(), "gap": math.nan, "alignment": math.nan})
 
 
 def likelihood(model, kind, tokens, maskable, draws):
@@ -138,11 +139,10 @@ def likelihood(model, kind, tokens, maskable, draws):
 def drift(model, tokens, maskable, advantages):
     """Exact gap and alignment on a rollout, before the updates on it."""
     log_prob, elbo = dipod.exact_likelihood(model, tokens, maskable, MASK)
-    proxy, true = (advantages * elbo).mean(), (advantages * log_prob).mean()
-    cosine = dipod.alignment(proxy, true, model.parameters())
-    gap = (log_prob - elbo).mean()
-    measured = {"gap": gap, "alignment": cosine, "log_prob": log_prob.mean()}
-    return {name: value.item() for name, value in measured.items()}
+    proxy = (advantages * elbo).mean()
+    cosine = dipod.alignment(proxy, (advantages * log_prob).mean(), model.parameters())
+    measured = {"gap": log_prob - elbo, "alignment": cosine, "log_prob": log_prob}
+    return {name: value.mean().item() for name, value in measured.items()}
 
 
 def sample(model, targets, each, generator=None):
@@ -163,28 +163,26 @@ def train(settings, path, place, args):
     parts = {"model": model, "optimizer": optimizer, "decay": decay}
     run = dipod.Run(path, settings, parts, place, args.resume)
     if RANK > 0:  # other prompts than those of rank 0, which alone keeps a record
-        torch.manual_seed(settings["seed"] + 1000 * RANK + run.iteration)
-    targets, kind = TARGETS[~HELD_OUT], settings["likelihood"]
+        torch.manual_seed(settings["seed"] + 1000 * RANK + run.first_step)
+    kind = settings["likelihood"]
     history = []
-    for step in range(run.iteration + 1, settings["steps"] + 1):
-        chosen = targets[torch.randint(len(targets), (settings["prompts"] // WORLD,))]
+    for step in range(run.first_step + 1, settings["steps"] + 1):
+        chosen = TRAINED[torch.randint(len(TRAINED), (settings["prompts"] // WORLD,))]
         tokens, maskable, right = sample(model, chosen, SAMPLES)
         groups = dipod.group_advantages(right.view(-1, SAMPLES))
         advantages = groups.flatten()
         due = step in (1, settings["steps"]) or step % max(1, settings["steps"] // ROWS) == 0
         measured = drift(model, tokens, maskable, advantages) if due and RANK == 0 else {}
-        beta = settings["beta"]
-        updates = settings["inner"]
         if settings["positive"]:
             advantages = advantages.clamp(min=0)
-        if settings["distill"] and step % 2 == 0:  # self-distillation, the regularizer alone
+        distilling = settings["distill"] and step % 2 == 0
+        if distilling:  # the regularizer alone
             advantages = torch.zeros_like(advantages)
-            beta = 1.0
-            updates = settings["distill"]
+        beta = 1.0 if distilling else settings["beta"]
         draws = dipod.draw_masks(maskable, DRAWS)
         with torch.no_grad():
             old = likelihood(model, kind, tokens, maskable, draws)  # SPG does not use it
-        for _ in range(updates):
+        for _ in range(settings["distill"] if distilling else settings["inner"]):
             if kind == "bounds":
                 elbo, eubo = dipod.masked_bounds(net, tokens, draws, MASK, power=1.5)
                 loss, info = dipod.spg_loss(elbo, eubo, advantages, beta)
@@ -204,9 +202,9 @@ def train(settings, path, place, args):
         if due and RANK == 0:
             reward, equal, ratio = torch.stack(history).mean(0).tolist()
             generator = torch.Generator(args.device).manual_seed(step)  # not the training's
-            held_out = sample(model, TARGETS[HELD_OUT], 16, generator)[2].mean().item()
+            held_out = sample(model, HELD_OUT, 16, generator)[2].mean().item()
             row = {"step": step, "reward": reward} | measured
-            run.add(step, row | {"held_out": held_out, "equal_groups": equal, "ratio": ratio})
+            run.add(row | {"held_out": held_out, "equal_groups": equal, "ratio": ratio})
             history = []
 
 
@@ -229,11 +227,11 @@ def show(path):
 
 def settings_of(method, seed, args):
     """The flags that a run depends on. Only a run with the same settings resumes its record."""
-    settings = {"task": "lm", "method": method, "seed": seed, "steps": args.steps, "lr": args.lr}
-    settings |= {"inner": args.inner, "prompts": args.prompts, "decay": args.decay, "base": None}
-    settings |= METHODS[method] | {"processes": WORLD}
-    settings["beta"] = args.beta if settings["beta"] else False
-    settings["distill"] = args.distill if settings["distill"] else 0
+    flags = ("steps", "lr", "inner", "prompts", "decay")
+    settings = METHODS[method] | {name: getattr(args, name) for name in flags}
+    settings |= {"task": "lm", "method": method, "seed": seed, "processes": WORLD, "base": None}
+    settings["beta"] *= args.beta  # 0 if the method has none
+    settings["distill"] *= args.distill
     if args.base:  # a checksum, because another file can have the same name
         settings["base"] = zlib.crc32(args.base[seed % len(args.base)].read_bytes())
     return settings
@@ -242,11 +240,11 @@ def settings_of(method, seed, args):
 def pretrain_bases(folder, args):
     """Paths of the base models in a folder; those that the runs need are pretrained there."""
     folder.mkdir(exist_ok=True)
-    paths = [folder / f"base_{seed}.pt" for seed in range(BASES)]
+    paths = [folder / f"base_{base}.pt" for base in range(BASES)]
     records = {}
-    for seed in range(args.first_seed, args.first_seed + min(args.seeds, BASES)):
-        settings = {"task": "lm", "method": "base", "seed": seed % BASES, "steps": PRETRAINING}
-        records[paths[seed % BASES]] = settings
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
+        base = seed % BASES
+        records[paths[base]] = {"task": "lm", "method": "base", "seed": base, "steps": PRETRAINING}
     if dipod.run_all(pretrain, records, args, "elbo"):
         raise SystemExit(1)
     return paths
@@ -261,7 +259,7 @@ def train_together(records, args):
     dist.broadcast_object_list(shared)  # those of rank 0
     records, args.base = shared
     if RANK == 0:
-        dipod.print_header("reward")
+        print(dipod.HEADER.format("reward"), flush=True)
     errors = {}
     for number, (path, settings) in enumerate(records.items(), 1):
         try:
