@@ -153,8 +153,7 @@ def both_losses(elbo, other, advantages, weight=None, beta=0.3, clip=0.2):
 
 
 def test_weight_0_removes_a_row_whatever_it_holds():
-    elbo, other = leaf(3, 2), leaf(3, 2)
-    advantages = leaf(3)
+    elbo, other, advantages = leaf(3, 2), leaf(3, 2), leaf(3)
     row = torch.tensor([[math.nan, -math.inf]])
     padded = (torch.cat((elbo, row)), torch.cat((other, row)), torch.cat((advantages, row[0, :1])))
     losses = both_losses(*padded, torch.tensor([1.0, 1.0, 1.0, 0.0]))
@@ -285,6 +284,9 @@ def test_exact_likelihood_against_all_decoding_orders_and_the_sampler():
         assert (share - pi[b]).abs() < 4 * (pi[b] / 40_000).sqrt()
     # On policy the likelihood has no gradient, so that of the ELBO is minus that of the gap.
     same(gradient(pi @ elbo, logits), -gradient(pi @ (log_prob - elbo), logits))
+    logits.data[71, :, 1] = -math.inf  # the first step, in context (2, 2, 1, 2), reveals no 1
+    log_prob, _ = dipod.exact_likelihood(model, tokens, maskable, 2)
+    assert gradient(log_prob[1], logits).isfinite().all()
 
 
 @pytest.mark.parametrize("region", ["whole", "cut after EOS"])
@@ -415,6 +417,7 @@ def test_policy_has_the_sampler_s_density_and_a_bound_below_it(form):
     same(log_prob, exact_log_prob(sample, noise), *parameters)
     draws = dipod.draw_flow(action, 16)
     elbo = policy.elbo(obs, action, draws)
+    torch.autograd.grad(elbo.sum(), parameters, retain_graph=True)  # an error if one is unused
     if not policy.flow:
         same(elbo[:, 0], log_prob, *parameters)
         return
@@ -454,8 +457,7 @@ def test_two_token_against_the_formulas_written_out():
 
 def test_everything_is_made_on_the_device_of_the_input():
     with torch.device("meta"):
-        b, bn = torch.ones(3), torch.ones(3, 4)
-        action = torch.ones(3, 2)
+        b, bn, action = torch.ones(3), torch.ones(3, 4), torch.ones(3, 2)
     draws = dipod.draw_flow(action, 4)
     results = [*dipod.draw_masks(bn > 0, 3), *draws, dipod.group_advantages(bn)]
     results += [dipod.dipod_loss(bn, bn, b, weight=b)[0], dipod.spg_loss(bn, b, b, weight=b)[0]]
@@ -533,12 +535,12 @@ MODEL = torch.nn.Embedding(4, 3)
         ("mask", lambda: dipod.masked_bounds(MODEL, BT[:, 1:], MASKS, 3)),
         ("tokens", lambda: dipod.masked_elbo(MODEL, BT, MASKS, 0)),  # the mask is a token
         ("maskable", lambda: dipod.exact_likelihood(MODEL, BT, torch.ones(3, 5).tril() > 0, 3)),
+        ("logits", lambda: dipod.sample_masked(torch.nn.Identity(), BT, 0)),
         ("power", lambda: dipod.masked_bounds(MODEL, BT, MASKS, 3, power=0.5)),
         ("num_draws", lambda: dipod.draw_masks(BT == 0, 0)),
         ("method", lambda: dipod.flow_log_prob(torch.mul, BA, 2, "heun")),
         ("path", lambda: dipod.flow_elbo(torch.mul, BA, FLOWS, "cosine")),
         ("min_time", lambda: dipod.flow_bound(torch.mul, BA, FLOWS, min_time=1.0)),
-        ("proxy", lambda: dipod.alignment(B, B.sum(), [])),
         ("parameters", lambda: dipod.alignment(B.sum(), B.sum(), B)),
         ("time", lambda: dipod.flow_elbo(torch.mul, BA, FlowDraws(BN, FLOWS.noise))),
         ("velocity", lambda: dipod.flow_elbo(lambda x, time: time, BA, FLOWS)),
@@ -598,10 +600,9 @@ def test_reward_by_hand():
     assert lm_task.rewards(tokens).tolist() == list(right.values())
 
 
-def compare_gradients(rank):
+def compare_gradients(rank, store):
     """In each of two processes: that of half the batch, averaged, is that of the whole batch."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29517")
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    dist.init_process_group("gloo", store, rank=rank, world_size=2)
     torch.manual_seed(0)
     model = lm_task.Model()
     tokens, maskable, _ = lm_task.sample(model, torch.tensor([5, 9]), 4)
@@ -623,8 +624,8 @@ def compare_gradients(rank):
     time.sleep(0.2)  # gloo's threads need the interpreter once more, or the exit aborts
 
 
-def test_two_processes_with_half_the_batch_take_the_step_of_one():
-    torch.multiprocessing.spawn(compare_gradients, nprocs=2)
+def test_two_processes_with_half_the_batch_take_the_step_of_one(tmp_path):
+    torch.multiprocessing.spawn(compare_gradients, (f"file://{tmp_path}/store",), nprocs=2)
 
 
 TASKS = {"control": control_task, "lm": lm_task}
@@ -674,8 +675,8 @@ def test_same_seed_same_numbers_in_a_fresh_directory(smoke, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     Path("runs/control-1").mkdir(parents=True)
     assert call_main("control", "--steps", 4096, "--methods", "dipod") == 0
-    rows = Path("runs/control-2/dipod_0.csv").read_text()
-    assert rows == (smoke["control"][1] / "dipod_0.csv").read_text()
+    csvs = (Path("runs/control-2/dipod_0.csv"), smoke["control"][1] / "dipod_0.csv")
+    assert csvs[0].read_text() == csvs[1].read_text()
 
 
 def test_killed_and_resumed_equals_uninterrupted(smoke, tmp_path, capfd):
@@ -740,8 +741,7 @@ def test_wrong_command_is_one_line_and_status_2(task, arguments, said, smoke, tm
         arguments = arguments.replace(name, str(place))
     assert call_main(task, *arguments.split()) == 2
     out, err = capsys.readouterr()
-    assert out == ""
-    assert len(err.splitlines()) == 1
+    assert (out, err.count("\n")) == ("", 1)
     assert said in err
     assert record.read_bytes() == before
 
