@@ -71,8 +71,10 @@ def dipod_loss(
             has a gap (`FlowPolicy.latent_elbo`), or of actions sampled anew.
     Returns: loss, 0-d; info, detached 0-d "policy_loss", "elbo", "ratio", "clip_fraction".
     """
+    beta, weight = _check_loss(elbo, advantages, beta, weight)
     distill_elbo = elbo if distill_elbo is None else distill_elbo
-    beta, weight = _check_loss(advantages, beta, weight, elbo=elbo, distill_elbo=distill_elbo)
+    shape = "B" if distill_elbo.dim() == 1 else "BM"
+    _check_shapes(advantages=(advantages, "B"), distill_elbo=(distill_elbo, shape))
     _expect(old_elbo.shape == elbo.shape, "old_elbo", f"{elbo.shape} as elbo", old_elbo.shape)
     _expect(not isinstance(clip, Tensor) or clip.dim() == 0, "clip", "one number", clip)
     _expect(clip > 0, "clip", "a number > 0", clip)
@@ -100,12 +102,11 @@ def _surrogate(ratio, advantages, clip, trust_region):
     return surrogates[trust_region]
 
 
-def _check_loss(advantages, beta, weight, **elbos):
+def _check_loss(elbo, advantages, beta, weight):
     """What both losses check. Returns beta and the weights of the samples (B,), by default 1."""
     weight = _upcast(torch.ones_like(advantages) if weight is None else weight)
-    for name, elbo in elbos.items():
-        shape = {name: (elbo, "B" if elbo.dim() == 1 else "BN")}
-        _check_shapes(advantages=(advantages, "B"), weight=(weight, "B"), **shape)
+    shape = "B" if elbo.dim() == 1 else "BN"
+    _check_shapes(elbo=(elbo, shape), advantages=(advantages, "B"), weight=(weight, "B"))
     _expect(not isinstance(beta, Tensor) or beta.dim() == 0, "beta", "one number", beta)
     _expect((beta >= 0) & (beta < math.inf), "beta", "a finite number >= 0", beta)
     usable = (weight >= 0).all() & (weight.sum() > 0) & (weight.sum() < math.inf)
@@ -136,7 +137,7 @@ def spg_loss(elbo, eubo, advantages, beta=0.05, mix=0.5, weight=None):
     (B, N), whose draws are averaged; eubo and advantages are (B,); the rest as in `dipod_loss`.
     Returns: loss, 0-d; info, detached 0-d "policy_loss", "elbo", "eubo".
     """
-    beta, weight = _check_loss(advantages, beta, weight, elbo=elbo)
+    beta, weight = _check_loss(elbo, advantages, beta, weight)
     _expect(eubo.shape == weight.shape, "eubo", f"{weight.shape} as advantages", eubo.shape)
     _expect(0 <= mix <= 1, "mix", "a number in [0, 1]", mix)
     elbo = _rows(elbo, weight).mean(1)
