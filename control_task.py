@@ -79,8 +79,9 @@ gym.register("TwoDoors-v0", entry_point=TwoDoors)
 
 def make_envs(env, num_envs, **kwargs):
     """Vector environment for actions in [-1, 1]; ValueError if the policies cannot act in it."""
+    warnings.simplefilter("ignore")  # gymnasium's and glfw's: the errors say what is missing
+    mujoco.set_mju_user_warning(lambda text: None)  # about gymnasium's own models
     try:
-        mujoco.set_mju_user_warning(lambda text: None)  # about gymnasium's own models
         envs = gym.make_vec(env, num_envs, "sync", {"autoreset_mode": "SameStep"}, **kwargs)
     except Exception as error:  # noqa: BLE001 - a constructor may raise anything
         raise ValueError(f"--env {env}: {type(error).__name__}: {error}") from None
@@ -93,18 +94,18 @@ def make_envs(env, num_envs, **kwargs):
 
 
 class RewardNorm(wrappers.NormalizeReward):
-    """gymnasium's wrapper, with its running variance in the checkpoint."""
+    """gymnasium's wrapper, with its running variance in the checkpoint, in float64 as it was."""
 
     def state_dict(self):
         return {name: float(value) for name, value in vars(self.return_rms).items()}
 
     def load_state_dict(self, state):
-        vars(self.return_rms).update(state)
+        vars(self.return_rms).update({name: np.float64(x) for name, x in state.items()})
 
 
 def gae(rewards, values, next_values, terminated, done):
     """Generalised advantage estimates (S, E). Truncation is not termination: it bootstraps."""
-    delta = rewards + GAMMA * next_values * ~terminated - values
+    delta = rewards + GAMMA * next_values.masked_fill(terminated, 0.0) - values
     advantages = torch.empty_like(delta)
     running = torch.zeros_like(delta[0])
     for t in reversed(range(len(delta))):
@@ -230,7 +231,8 @@ def train(settings, path, place, args):
     parts |= {"optimizer": optimizer, "decay": decay}
     run = dipod.Run(path, settings, parts, place, args.resume)
     obs, _ = envs.reset(seed=1000 * settings["seed"] + run.first_step // size)
-    returns, score = [], math.nan
+    returns = []
+    score = run.rows[-1]["return"] if run.rows else math.nan
     for iteration in range(run.first_step // size, iterations):
         samples, obs, finished = rollout(policy, value, norm, envs, obs)
         returns += finished
@@ -247,13 +249,13 @@ def train(settings, path, place, args):
         grad_norm = info.pop("grad_norm")
         if settings["distill"] == "after":
             grad_norm += self_distill(policy, value, optimizer, samples[0], settings).item()
-        if not math.isfinite(grad_norm):  # once per rollout, or every update waits for a GPU
-            raise FloatingPointError(f"non-finite gradient at step {(iteration + 1) * size}")
+        step = (iteration + 1) * size
+        if not math.isfinite(grad_norm + norm[0].running_var.sum()):  # once, as a GPU waits here
+            raise FloatingPointError(f"non-finite gradient or observation at step {step}")
         decay.step()
         if due:
             score = float(np.mean(returns)) if returns else score  # no episode may have ended
-            row = {"step": (iteration + 1) * size, "return": score}
-            run.add(row | measured | info)
+            run.add({"step": step, "return": score} | measured | info)
             returns = []
 
 
@@ -294,8 +296,7 @@ def evaluate(paths, gif):
     for path, state in zip(paths, states):
         for name, scale in (("with noise", 1.0), ("without", 0.0)):
             returns, _ = play(state, 20, scale)
-            spread = f"[{returns.min():.4g}..{returns.max():.4g}]"
-            print(f"{path}, 20 episodes {name}: return {returns.mean():.4g} {spread}")
+            print(f"{path}, 20 episodes {name}: return {dipod.spread(returns)}")
 
 
 def settings_of(method, seed, args):
@@ -321,7 +322,6 @@ def main():
     add("--eval", nargs="+", metavar="CHECKPOINT", help="evaluate trained policies, and leave")
     add("--gif", metavar="FILE.gif", help="with --eval: an episode of the first policy")
     args = parser.parse_args()
-    warnings.simplefilter("ignore")  # gymnasium's and glfw's: the errors below say what is missing
     if args.gif and not (args.eval and args.gif.endswith(".gif")):
         parser.error("--gif: expected a name that ends in .gif, and --eval CHECKPOINT")
     try:

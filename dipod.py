@@ -642,9 +642,9 @@ def prepare(args, settings_of, inputs=()):
         same_method = old["method"] in args.methods
         other = settings_of(old["method"], old["seed"], args) if same_method else old
         new = records.get(path, other)
-        changed = [f"{name} {new.get(name)}" for name in old if new.get(name) != old[name]]
-        _expect(not changed, "--out", f"the settings of {path}", ", ".join(changed))
-    out.mkdir(parents=True, exist_ok=True)
+        changed = sorted(f"{name} {value}" for name, value in new.items() - old.items())
+        _expect(new == old, "--out", f"the settings of {path}", ", ".join(changed))
+    out.mkdir(parents=True, exist_ok=bool(args.out))
     tempfile.TemporaryFile(dir=out).close()  # OSError where nothing can be written
     if args.overwrite:
         for path in records:
@@ -663,7 +663,8 @@ class Run:
         self.place = place  # number of this run, of all runs, --jobs
         self.rows = []
         self.started = time.monotonic()
-        if resume and path.exists():
+        if path.exists():  # if it is not to be resumed, another command has written it meanwhile
+            _expect(resume, "--out", "no record of this run", path)
             state = load(path, settings["task"])
             self.rows = state["rows"]
             for name, part in parts.items():
@@ -691,7 +692,7 @@ class Run:
         rounds = (runs - 1) // jobs - (number - 1) // jobs  # of `jobs` runs each, after this one
         left = int((max(steps - step, 0) + steps * rounds) / speed)  # seconds of the whole command
         line = f"{method:<10} {seed:>4} {step:>9} {score:>9.4g} {gap:>9.3g} {cosine:>9.3f}"
-        line += f" {speed:>9.0f} {left // 60:>6}:{left % 60:02}  run {number} of {runs}"
+        line += f" {show(speed):>9} {left // 60:>6}:{left % 60:02}  run {number} of {runs}"
         print(line.replace("nan", "  -") + "\n", end="", flush=True)  # one write, never mixed
 
 
@@ -705,7 +706,7 @@ def run_all(train, records, args, score):
         place = (number, len(records), args.jobs)
         futures[pool.submit(attempt, train, settings, path, place, args)] = path
     signal.signal(signal.SIGINT, handler)
-    print(HEADER.format(score), flush=True)
+    print(f"records: {next(iter(records)).parent}\n{HEADER.format(score)}", flush=True)
     for future in as_completed(futures):
         path = futures[future]
         error = "a process of this command was killed" if future.exception() else future.result()
@@ -756,7 +757,7 @@ def finish(records, errors):
     for path, run in runs.items():
         step = run["rows"][-1]["step"] if run["rows"] else 0
         steps = run["settings"]["steps"]
-        if path in errors or step < steps:
+        if step < steps:
             print(f"{path.stem}: step {step} of {steps}, stopped: {errors.get(path, 'unfinished')}")
         else:
             summaries.setdefault(run["settings"]["method"], []).append(summary(run["rows"]))

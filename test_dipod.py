@@ -568,9 +568,7 @@ def test_gae_bootstraps_truncated_episodes_and_cuts_all():
         torch.testing.assert_close(advantages[t], total)
 
 
-class Counter(control_task.TwoDoors):
-    """Shows how many of its three steps are over, and is truncated then."""
-
+class Counter(control_task.TwoDoors):  # shows how many of its three steps are over
     def step(self, action):
         self.tries += 1
         return np.full(1, self.tries, np.float32), 0.0, False, self.tries == 3, {}
@@ -592,6 +590,8 @@ def test_rollout_keeps_unclipped_actions_and_bootstraps_from_the_final_observati
     optimizer = torch.optim.SGD([*policy.parameters(), *value.parameters()], lr=0.0)
     info = control_task.update(policy, value, optimizer, samples, settings)
     assert info["ratio"] == pytest.approx(1, abs=1e-5) and info["clip_fraction"] == 0
+    envs.load_state_dict(envs.state_dict())  # a resumed run computes in float64 too
+    assert envs.return_rms.mean.dtype == envs.return_rms.var.dtype == np.float64
 
 
 def test_reward_by_hand():
