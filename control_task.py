@@ -114,7 +114,7 @@ def gae(rewards, values, next_values, terminated, done):
     return advantages
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def rollout(policy, value, norm, envs, obs):
     """ROLLOUT steps: samples (B, ...), the last observation, the returns of finished episodes."""
     device = policy.log_std.device

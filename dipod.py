@@ -300,7 +300,7 @@ def _on_path(velocity, action, time, noise, path):
     x = alpha * a + sigma * eps
     target = eps - a if path == "linear" else alpha * eps - sigma * a
     v = velocity(x.to(action.dtype), time.to(action.dtype))
-    _check_shapes(noise=(noise, "BNA"), velocity=(v, "BNA"))
+    _expect(v.shape == noise.shape, "velocity", f"{noise.shape} as noise", v.shape)
     return x, target, v, alpha, sigma
 
 
@@ -326,7 +326,7 @@ def _solver(velocity, num_steps, method, path):
     def step(x, i):
         time = 1 - i / num_steps
         v = velocity(x, x.new_full((len(x), 1), time))
-        _check_shapes(noise=(x, "BA"), velocity=(v, "BA"))
+        _expect(v.shape == x.shape, "velocity", f"{x.shape} as noise", v.shape)
         if method == "midpoint":
             middle = x.sub(v, alpha=dtau / 2)
             v = velocity(middle, x.new_full((len(x), 1), time - 0.5 / num_steps))
@@ -764,7 +764,7 @@ def finish(records, errors):
     print(f"\n{'method':<10} seeds  {'final':<26}  {'mean of the run':<26}  {'gap':<26}  alignment")
     for method, values in summaries.items():
         cells = [f"{spread(column.tolist()):<26}" for column in torch.stack(values).T]
-        print(f"{method:<10} {len(values):>5}  " + "  ".join(cells))
+        print(f"{method:<10} {len(values):>5}  {'  '.join(cells)}".rstrip())
     print(f"\nrecords and CSVs: {first.parent}")
     try:
         draw([run for run in runs.values() if run["rows"]], first.parent / "figure.png")
