@@ -26,11 +26,17 @@ def start(panels, height=2.8):
 
 
 def curves(name, methods, file):
-    """Score, gap and alignment of an experiment's runs over steps."""
+    """Score, gap and alignment of an experiment over steps: each method's mean over its seeds."""
     runs = []
     for method in methods:
-        for rows in tables.read(name)[method].values():
-            runs.append({"settings": {"method": method}, "rows": rows})
+        rows = []
+        for same_step in zip(*tables.read(name)[method].values()):
+            row = {"method": method, "seed": math.nan}
+            for column in list(same_step[0])[2:6]:
+                known = [seed[column] for seed in same_step if not math.isnan(seed[column])]
+                row[column] = mean(known) if known else math.nan
+            rows.append(row)
+        runs.append({"settings": {"method": method}, "rows": rows})
     dipod.draw(runs, ROOT / "assets" / file)
 
 
@@ -42,7 +48,10 @@ def learning_rates():
         for name in names:
             for method in tables.read(tables.over_rates(name)[0]):
                 sweep(axis, name, method)
+        rates = [line.partition("/")[2] for line in tables.over_rates(names[0])]
         axis.set(title=title, xscale="log", xlabel="learning rate", ylabel="final score")
+        axis.set_xticks([float(rate) for rate in rates], rates, fontsize="small")
+        axis.minorticks_off()
     axes[0].legend(fontsize="small", loc="lower left")
     axes[3].legend(fontsize="small")
     figure.savefig(ROOT / "assets" / "learning_rates.png", dpi=110)

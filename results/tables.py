@@ -4,7 +4,7 @@ import csv
 import functools
 import math
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 
 from dipod import show, spread, summary
 
@@ -79,18 +79,34 @@ def opened(method, *names):
     return f"{sum(gap > 1 for gap in gaps)} of {len(gaps)}"
 
 
-def lost(method, *names):
-    """How many runs of how many end, or stop, with less than half of their best gain.
+def kept(name, method):
+    """{seed: share of its best gain that a run has at its end}.
 
     The gain is over the first score; the end is the last tenth of the run's steps.
     """
-    kept = []
+    finals = values(name, "final", method)
+    shares = {}
+    for seed, rows in read(name)[method].items():
+        start, best = first_score(rows), max(scores(rows))
+        shares[seed] = (finals[seed] - start) / (best - start)
+    return shares
+
+
+def lost(method, *names):
+    """How many runs of how many end, or stop, with less than half of their best gain."""
+    shares = []
     for name in names:
-        finals = values(name, "final", method)
-        for seed, rows in read(name)[method].items():
-            start, best = first_score(rows), max(scores(rows))
-            kept.append((finals[seed] - start) / (best - start))
-    return f"{sum(share < 0.5 for share in kept)} of {len(kept)}"
+        shares += kept(name, method).values()
+    return f"{sum(share < 0.5 for share in shares)} of {len(shares)}"
+
+
+def lost_open(method, *names):
+    """In how many runs of those that `lost` counts the gap is above 1 nat at the end."""
+    gaps = []
+    for name in names:
+        at_end = values(name, "gap", method)
+        gaps += [at_end[seed] for seed, share in kept(name, method).items() if share < 0.5]
+    return f"{sum(gap > 1 for gap in gaps)} of {len(gaps)}"
 
 
 def grid(header, rows):
@@ -100,26 +116,25 @@ def grid(header, rows):
 
 
 def compare(methods, *names):
-    """Final scores of METHOD,METHOD..., then the first minus the others, final and mean."""
+    """Final scores of METHOD,METHOD..., the first minus the others, and the drift of the first two.
+
+    The drift: how many runs have a gap above 1 nat at the end, the median gap, and the alignment.
+    """
     first, *others = methods.split(",")
     pairs = [(column, other) for column in ("final", "mean") for other in others]
     rows = []
     for name in names:
-        cells = [average("final", method, name) for method in (first, *others)]
-        differences = [difference(column, first, other, name) for column, other in pairs]
-        rows.append([name, *cells, *differences])
-    minus = [f"{column}, {first} minus {other}" for column, other in pairs]
-    return grid(["CSV", first, *others, *minus], rows)
-
-
-def drifts(*names):
-    """Gap and alignment of dipod and fpo at the end, and in how many runs the gap is above 1."""
-    rows = []
-    for name in names:
-        cells = [average(c, m, name) for c in ("gap", "alignment") for m in ("dipod", "fpo")]
-        rows.append([name, *cells, opened("dipod", name), opened("fpo", name)])
-    columns = [f"{c}, {m}" for c in ("gap", "alignment", "above 1") for m in ("dipod", "fpo")]
-    return grid(["CSV", *columns], rows)
+        row = [name, *(average("final", method, name) for method in (first, *others))]
+        row += [difference(column, first, other, name) for column, other in pairs]
+        for method in (first, others[0]):
+            gap = median(values(name, "gap", method).values())
+            row += [f"{opened(method, name)}, {show(gap)}", average("alignment", method, name)]
+        rows.append(row)
+    header = ["CSV", first, *others]
+    header += [f"{column}, {first} minus {other}" for column, other in pairs]
+    for method in (first, others[0]):
+        header += [f"gap above 1 and median, {method}", f"alignment, {method}"]
+    return grid(header, rows)
 
 
 def methods(names, *more):
