@@ -7,17 +7,17 @@ RL on a diffusion policy cannot evaluate log pi(a|o). It climbs a lower bound in
     elbo    <= log_prob             the bound that is cheap to estimate
     gap      = log_prob - elbo      >= 0
 
-    true policy gradient   E[A grad log_prob]
+    true policy gradient   E[A grad log_prob]     A the advantage, E the mean over pi
     proxy policy gradient  E[A grad elbo] = E[A grad log_prob] - E[A grad gap]
 
-First drift: updates on the proxy let the gap grow. Second drift: where grad gap is not 0, the proxy
-turns away from the true gradient. On policy E[grad log_prob] = 0, so E[grad elbo] = -E[grad gap]:
-the ELBO of one's own samples (self-distillation) only pushes their gap down. DiPOD adds that term
-to every policy-gradient update. `two_token`, section 5, shows it all in 30 lines.
+First drift: updates on the proxy let the gap grow. Second drift: E[A grad gap] then turns the proxy
+away from the true gradient. On policy E[grad log_prob] = 0, so E[grad elbo] = -E[grad gap]: raising
+the ELBO of the policy's own samples (self-distillation) only lowers their gap. DiPOD adds their
+mean ELBO to every policy-gradient update. `two_token`, section 5, shows it all in 30 lines.
 
-Shapes: B samples, N draws, T tokens of which L are maskable, V vocabulary, O observation and A
-action dimensions. In a formula A is the advantage. Likelihoods are in nats; higher is better. A
-wrong shape, name or number is a ValueError that names it. [DiPOD] tags what PPO does not have.
+Shapes: B samples, N draws (of masks or noise, to estimate an ELBO), T tokens of which L are
+maskable, V vocabulary, O observation and A action dimensions. Likelihoods are in nats; higher is
+better. A wrong argument is a ValueError that names it. [DiPOD] marks what DiPOD adds to a loss.
 """
 
 import math
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 # 1. The loss. The sections below only provide the ELBOs that go into it.
 def _expect(ok, name, rule, got):
     if isinstance(ok, Tensor) and (ok.device.type != "cpu" or torch.compiler.is_compiling()):
-        return  # values of tensors are checked only where looking is free
+        return  # only a CPU tensor's value is checked: reading a GPU's would stall it
     if not ok:
         raise ValueError(f"{name}: expected {rule}, got {got}")
 
@@ -62,13 +62,13 @@ def dipod_loss(
             A sequence's log ratio grows with its length L: for long ones pass all ELBOs / L.
         old_elbo: as `elbo`, by the policy that sampled, from the same draws. A constant.
         advantages: (B,).
-        beta: >= 0, in the unit of the advantages, not of the ELBOs. At 0 this is FPO (2507.21053).
-        clip: > 0, half-width of the trust region of the ratio, which is at most exp(10).
+        beta: >= 0, in the unit of the advantages, to which it is added (below). 0: FPO (2507.21053).
+        clip: > 0, the ratio's trust region is 1 - clip to 1 + clip. A ratio is capped at exp(10).
         trust_region: "ppo", "spo" or "aspo", see `_surrogate`.
-        weight: (B,) >= 0: a mean over samples is sum(w*x) / sum(w). Multiply a micro-batch's loss
-            by its share of the whole sum(w). Lengths as weights suit ELBOs per token only.
-        distill_elbo: (B,) or (B, M), another ELBO for the regularizer: of the part of a policy that
-            has a gap (`FlowPolicy.latent_elbo`), or of actions sampled anew.
+        weight: (B,) >= 0, so that a mean over samples is sum(w*x) / sum(w). If a batch is split,
+            multiply each part's loss by its share of sum(w). Lengths only with ELBOs per token.
+        distill_elbo: (B,) or (B, M), the ELBO that beta multiplies, if it is not `elbo`: that of
+            newly sampled actions, or of the flow alone (`FlowPolicy.latent_elbo`).
     Returns: loss, 0-d; info, detached 0-d "policy_loss", "elbo", "ratio", "clip_fraction".
     """
     beta, weight = _check_loss(elbo, advantages, beta, weight)
@@ -79,8 +79,8 @@ def dipod_loss(
     _expect(not isinstance(clip, Tensor) or clip.dim() == 0, "clip", "one number", clip)
     _expect(clip > 0, "clip", "a number > 0", clip)
     log_ratio = _rows(elbo, weight) - _rows(old_elbo.detach(), weight)  # (B, N) or (B, 1)
-    excess = (log_ratio - 10).clamp(min=0)  # so that exp stays finite
-    ratio = (log_ratio - excess.detach()).exp()  # at the cap a clamp would have no gradient
+    excess = (log_ratio - 10).clamp(min=0)  # exp(10) is the largest ratio
+    ratio = (log_ratio - excess.detach()).exp()  # clamp(max=10) would lose the gradient there
     width = clip * torch.ones_like(ratio)  # torch.compile would compile anew for each number
     policy_loss = -_mean(_surrogate(ratio, advantages, width, trust_region), weight)
     # Before the first update (ratio 1, nothing clipped), and if distill_elbo is elbo, the gradient
@@ -93,7 +93,7 @@ def dipod_loss(
 
 
 def _surrogate(ratio, advantages, clip, trust_region):
-    """PPO's clip (1707.06347), SPO's penalty; FPO++'s ASPO (2602.02481): PPO if A > 0, else SPO."""
+    """PPO's clip (1707.06347), SPO's penalty (2401.16025), FPO++'s ASPO (2602.02481)."""
     a = advantages[:, None]
     ppo = torch.minimum(ratio * a, ratio.clamp(1 - clip, 1 + clip) * a)
     spo = ratio * a - a.abs() / (2 * clip) * (ratio - 1).square()
@@ -103,7 +103,7 @@ def _surrogate(ratio, advantages, clip, trust_region):
 
 
 def _check_loss(elbo, advantages, beta, weight):
-    """What both losses check. Returns beta and the weights of the samples (B,), by default 1."""
+    """Checks what `dipod_loss` and `spg_loss` share. Returns beta and weight (B,), by default 1."""
     weight = _upcast(torch.ones_like(advantages) if weight is None else weight)
     shape = "B" if elbo.dim() == 1 else "BN"
     _check_shapes(elbo=(elbo, shape), advantages=(advantages, "B"), weight=(weight, "B"))
@@ -111,7 +111,7 @@ def _check_loss(elbo, advantages, beta, weight):
     _expect((beta >= 0) & (beta < math.inf), "beta", "a finite number >= 0", beta)
     usable = (weight >= 0).all() & (weight.sum() > 0) & (weight.sum() < math.inf)
     _expect(usable, "weight", "finite values >= 0 with a sum > 0", weight)
-    return 1.0 * beta, weight  # at beta = 0, an int, a compiled loss would have no gradient
+    return 1.0 * beta, weight  # torch.compile drops the gradient if beta is the int 0
 
 
 def _upcast(x):
@@ -120,12 +120,12 @@ def _upcast(x):
 
 
 def _rows(x, weight):
-    """(B, N) of x, (B,) or (B, N), with 0 for samples of weight 0, because 0 * NaN is NaN."""
+    """x, (B,) or (B, N), as (B, 1) or (B, N); 0 where the weight is 0, because 0 * NaN is NaN."""
     return _upcast(x).view(len(x), -1).masked_fill(weight[:, None] == 0, 0.0)
 
 
 def _mean(x, weight):
-    """Mean over draws, then weighted mean over samples: 0-d, and 0 if all weights are 0."""
+    """Mean over draws, then weighted mean over samples: 0-d. All weights 0, unchecked, give 0."""
     per_sample = _rows(x, weight).mean(1)
     return (weight * per_sample).sum() / weight.sum().clamp(min=torch.finfo(weight.dtype).tiny)
 
@@ -133,8 +133,8 @@ def _mean(x, weight):
 def spg_loss(elbo, eubo, advantages, beta=0.05, mix=0.5, weight=None):
     """SPG (2510.09541) with DiPOD's regularizer: mean(-A * score) - beta * mean(elbo), no ratio.
 
-    score is elbo where A > 0, else mix * eubo + (1 - mix) * elbo, mix in [0, 1]. elbo is (B,), or
-    (B, N), whose draws are averaged; eubo and advantages are (B,); the rest as in `dipod_loss`.
+    score is elbo where A > 0, else mix * eubo + (1 - mix) * elbo. eubo (B,) is an upper bound on
+    log_prob (`masked_bounds`), elbo is (B,) or (B, N), 0 <= mix <= 1; the rest as in `dipod_loss`.
     Returns: loss, 0-d; info, detached 0-d "policy_loss", "elbo", "eubo".
     """
     beta, weight = _check_loss(elbo, advantages, beta, weight)
@@ -154,25 +154,25 @@ def group_advantages(rewards, normalize=True):
     _check_shapes(rewards=(rewards, "PG"))
     _expect(rewards.shape[1] >= 2, "rewards", "(P, G) with G >= 2", tuple(rewards.shape))
     rewards = _upcast(rewards)
-    relative = rewards - rewards[:, :1]  # equal rewards give exact zeros, their mean may not
+    relative = rewards - rewards[:, :1]  # exactly 0 if all of a group are equal
     centred = relative - relative.mean(1, keepdim=True)
     return centred / (relative.std(1, keepdim=True) + 1e-4) if normalize else centred
 
 
-# 2. Masked diffusion (LLaDA, 2502.09992). The sampler reveals one random masked token per step. To
-# estimate its ELBO, draw k uniformly from 1..L, mask k random tokens, and weight them by L / k.
+# 2. Masked diffusion (LLaDA, 2502.09992). The sampler reveals one random masked token per step. A
+# draw for its ELBO: k uniform in 1..L, k random tokens masked, their log-probabilities times L / k.
 class MaskDraws(NamedTuple):
-    """Which tokens each draw masks. Old and new use the same; a minibatch indexes both fields."""
+    """Which tokens each draw masks. Old and new ELBO share it; a minibatch indexes both fields."""
 
     mask: Tensor  # (B, N, T) bool
     weight: Tensor  # (B, N) float, L / k
 
 
 def draw_masks(maskable, num_draws, generator=None):
-    """MaskDraws, N = num_draws, in pairs, which vary less than independent draws.
+    """MaskDraws, N = num_draws, in pairs, whose mean varies less than that of independent draws.
 
     A pair masks the first k and the last L+1-k tokens of one random order. maskable: (B, T) bool,
-    every token that the sampler filled, those after an EOS too: `start == mask_id` of its input.
+    every token that the sampler filled, those after an EOS too: where its input was mask_id.
     """
     _check_shapes(maskable=(maskable, "BT"))
     _expect(num_draws >= 1, "num_draws", "a number >= 1", num_draws)
@@ -181,11 +181,11 @@ def draw_masks(maskable, num_draws, generator=None):
     pairs = (num_draws + 1) // 2
     length = maskable.sum(1, keepdim=True)  # (B, 1), L
     index = (torch.rand(len(maskable), pairs, **random) * length).long()  # (B, pairs), k - 1
-    key = torch.rand(len(maskable), pairs, maskable.shape[1], **random)  # sorts into random order
+    key = torch.rand(len(maskable), pairs, maskable.shape[1], **random)  # its order is random
     key = key.masked_fill(~maskable[:, None], math.inf)
     kth = key.sort(-1).values.gather(-1, index[..., None])  # (B, pairs, 1), key of the k-th token
-    mask = torch.stack((key <= kth, key >= kth), 2).flatten(1, 2) & maskable[:, None]
-    mask = mask[:, :num_draws]
+    mask = torch.stack((key <= kth, key >= kth), 2).flatten(1, 2)[:, :num_draws]
+    mask = mask & maskable[:, None]
     return MaskDraws(mask, length.float() / mask.sum(-1).clamp(min=1))
 
 
@@ -202,8 +202,8 @@ def _masked_log_prob(model, tokens, mask, mask_id):
 def masked_elbo(model, tokens, draws, mask_id):
     """ELBO (B, N) = (L/k) * sum over masked i of log p(x_i | unmasked), in nats per sequence.
 
-    tokens: (B, T) int, as sampled. model: tokens (M, T) -> logits (M, T, V), -inf at a mask_id < V;
-    dropout is off, and autocast the same for old and new, or the first ratio is not 1.
+    tokens: (B, T) int, as sampled. model: tokens (M, T) -> logits (M, T, V), -inf for mask_id if it
+    is below V. Old and new need dropout off and the same autocast, or the first ratio is not 1.
     """
     mask, weight = draws
     _check_shapes(tokens=(tokens, "BT"), mask=(mask, "BNT"), weight=(weight, "BN"))
@@ -213,8 +213,8 @@ def masked_elbo(model, tokens, draws, mask_id):
 def masked_bounds(model, tokens, draws, mask_id, power=1.0):
     """elbo (B, N) and SPG's upper bound, eubo (B,), from one forward pass; nats per sequence.
 
-    eubo = L * mean over tokens i of 1/power * log mean over draws of masked_i * weight * p_i^power,
-    for the tokens that some draw masks (2510.09541). It bounds log pi from above if the power is
+    eubo = L * mean over i of log(mean over draws of masked_i * weight * p_i^power) / power, i being
+    the tokens that some draw masks (2510.09541). It bounds log pi from above if the power is
     large (>= L is enough, by Hoelder) and the draws are many; at power 1 it can lie below.
     """
     mask, weight = draws
@@ -258,16 +258,16 @@ def sample_masked(model, tokens, mask_id, temperature=1.0, generator=None):
 
 
 # 3. Flow policy (FPO, 2507.21053). An ODE carries noise at time 1 to the action at time 0, back
-# along the path x = alpha * action + sigma * noise. "linear" is FPO's: alpha = 1 - time, sigma =
-# time. On "vp", alpha = cos(tau) and sigma = sin(tau), a standard normal's best velocity is 0.
-# Networks see time in [0, 1] and return dx/dtau; tau is time on "linear", time * pi/2 on "vp".
+# along x = alpha * action + sigma * noise. On FPO's path "linear" tau = time, alpha = 1 - tau and
+# sigma = tau. On "vp" tau = time * pi/2, alpha = cos(tau) and sigma = sin(tau), and if actions are
+# standard normal, the best velocity is 0. Networks see time in [0, 1] and return dx/dtau.
 
 _TAU = {"linear": 1.0, "vp": math.pi / 2}  # tau at time 1
 _NORMAL = torch.distributions.Normal(0.0, 1.0, validate_args=False)
 
 
 class FlowDraws(NamedTuple):
-    """Time and noise of each draw. Old and new use the same; a minibatch indexes both fields."""
+    """Time and noise of each draw. Old and new ELBO share it; a minibatch indexes both fields."""
 
     time: Tensor  # (B, N, 1) in [0, 1]
     noise: Tensor  # (B, N, A) standard normal
@@ -276,7 +276,7 @@ class FlowDraws(NamedTuple):
 def draw_flow(action, num_draws, generator=None):
     """FlowDraws for actions (B, A), N = num_draws, in pairs (time, noise), (1 - time, -noise).
 
-    Where the velocity is 0, draws add a constant to a pair's mean ELBO and no noise to a ratio.
+    At velocity 0 a pair's mean ELBO is f(action) + g(noise): the draws cancel in the ratio.
     """
     _check_shapes(action=(action, "BA"))
     _expect(num_draws >= 1, "num_draws", "a number >= 1", num_draws)
@@ -309,8 +309,8 @@ def flow_elbo(velocity, action, draws, path="linear"):
 
     FPO's stand-in for the ELBO, equal up to weighting and a constant; `flow_bound` is in nats.
     velocity: (x (B, N, A), time (B, N, 1)) -> (B, N, A), whose target is noise - action on "linear"
-    and cos(tau) noise - sin(tau) action on "vp". A model with its noise at time 0 raises no error:
-    wrap it, -model(x, 1 - time). action: (B, A), as sampled, unclipped.
+    and cos(tau) noise - sin(tau) action on "vp". If your model has noise at time 0, no error tells
+    you: wrap it as -model(x, 1 - time). action: (B, A), as sampled, unclipped.
     """
     _, target, v, _, _ = _on_path(velocity, action, *draws, path)
     return -(v - target).square().mean(-1)
@@ -338,7 +338,7 @@ def _solver(velocity, num_steps, method, path):
 def flow_sample(velocity, noise, num_steps, method="midpoint", path="linear"):
     """Action (B, A): integrates velocity(x (B, A), time (B, 1)) from noise (B, A); differentiable.
 
-    "midpoint" with n steps costs what "euler" with 2n does, and keeps more of the policy's std.
+    "midpoint" with n steps costs what "euler" with 2n does, and narrows the policy less.
     """
     _check_shapes(noise=(noise, "BA"))
     step = _solver(velocity, num_steps, method, path)
@@ -360,12 +360,12 @@ def mlp(inputs, outputs, last_gain):
 class FlowPolicy(nn.Module):
     """A diffusion policy, action = mean(obs) + std * z, where the flow carries noise to z.
 
-    tight: mean and std are learned, the path is "vp", and the flow's last layer starts at 0: z
-        starts as a standard normal, the policy as PPO's Gaussian, the gap as 0.
+    tight: mean and std are learned, the path is "vp", and the flow's last layer starts at 0. So z
+        starts standard normal, the policy is PPO's Gaussian at first, and the gap is 0.
     not tight, FPO's textbook flow: mean 0, std 1, path "linear", and a large gap at the start.
     flow=False: z is the noise. PPO's Gaussian policy, whose ELBO is its log-likelihood.
     scale: factor of the velocity; the smaller, the more slowly z leaves the normal distribution.
-    num_steps: midpoint steps of the sampler; too few shrink z a little more at each distillation.
+    num_steps: midpoint steps of the sampler; with too few, each distillation narrows z a little.
     """
 
     def __init__(self, obs_dim, action_dim, tight=True, flow=True, scale=0.02, num_steps=5):
@@ -395,7 +395,7 @@ class FlowPolicy(nn.Module):
             sin = angle.sin()
             hidden = self.flow_layer(torch.cat((angle.cos(), sin, x), -1))
             v = self.net(hidden + (context if x.dim() == 2 else context[:, None]))
-            # On "vp" E[target | x] is 0 at time 0, and the bound diverges if the field is not.
+            # On "vp" the best field is 0 at time 0; with any other the bound diverges.
             return v * (self.scale * sin if self.solver["path"] == "vp" else self.scale)
 
         return field
@@ -420,17 +420,17 @@ class FlowPolicy(nn.Module):
         return z.shape[1] * flow_elbo(self.velocity(obs), z, draws, self.solver["path"])
 
     def elbo(self, obs, action, draws):
-        """(B, N), of actions (B, A): that of z, less the head's log std (a change of variables)."""
+        """(B, N), of actions (B, A): that of z, minus log std (a change of variables)."""
         return self.latent_elbo(obs, self.standardize(obs, action), draws) - self.log_std.sum()
 
     def log_prob(self, obs, noise):
-        """Exact (B,) nats of `sample(obs, noise)`; the gradient is that at the fixed action."""
+        """Exact log-likelihood (B,) of `sample(obs, noise)`; gradient at the fixed action."""
         z = self.standardize(obs, self.sample(obs, noise))
         _, log_prob = flow_log_prob(self.velocity(obs), noise, **self.solver, action=z)
         return log_prob - self.log_std.sum()
 
     def bound(self, obs, action, draws):
-        """ELBO (B, N) in nats; on the linear path from time 0.005 on, since at 0 it diverges."""
+        """ELBO (B, N) in nats; "linear" leaves out times below 0.005, since it diverges at 0."""
         z = self.standardize(obs, action)
         path = self.solver["path"]
         min_time = 0.0 if path == "vp" else 0.005
@@ -441,7 +441,7 @@ class FlowPolicy(nn.Module):
 def exact_likelihood(model, tokens, maskable, mask_id):
     """log_prob (B,) of `sample_masked` and elbo (B,) in nats, exact and differentiable.
 
-    F(S) is the probability that the sampler reveals the subset S first: F({}) = 1, F(S + i) +=
+    F(S) is the probability that the first |S| reveals are x's tokens at S. F({}) = 1, F(S + i) +=
     F(S) p(x_i|x_S) / (L - |S|), log_prob = log F(all). elbo is the sum over sizes s of the mean
     over |S| = s of the mean over i not in S of log p(x_i|x_S). maskable: (B, T) bool, the same
     L <= 14 in each row, because all 2^L - 1 contexts go through the model at once.
@@ -452,18 +452,18 @@ def exact_likelihood(model, tokens, maskable, mask_id):
     _expect(len(lengths) == 1 and 0 < length < 15, "maskable", "one length from 1 to 14", lengths)
     subsets = torch.arange(2**length - 1, device=tokens.device)  # bit i of S: token i is revealed
     hidden = (subsets[:, None] >> torch.arange(length, device=tokens.device)) % 2 == 0  # (S, L)
-    region = maskable[:, None].expand(-1, len(subsets), -1)  # (B, S, T), the L tokens of a row
+    region = maskable[:, None].expand(-1, len(subsets), -1)  # (B, S, T), S subsets
     mask = region.masked_scatter(region, hidden.expand(len(tokens), -1, -1))
     log_p = _masked_log_prob(model, tokens, mask, mask_id)[region].view(-1, *hidden.shape)
 
-    contexts = log_p.unbind(1)  # indexing log_p itself would take 4^L for the gradient
+    contexts = log_p.unbind(1)  # with log_p[:, S] the backward pass would cost 4^L
     log_f = [log_p.new_zeros(len(tokens))]
     for subset in range(1, 2**length):
         members = [i for i in range(length) if subset >> i & 1]
         terms = [log_f[subset - 2**i] + contexts[subset - 2**i][:, i] for i in members]
         terms = torch.stack(terms).clamp(min=-1e30)  # logsumexp of -inf alone has a NaN gradient
         log_f.append(terms.logsumexp(0) - math.log(length - len(members) + 1))
-    share = [1 / (math.comb(length, n) * n) for n in hidden.sum(1).tolist()]  # in the two means
+    share = [1 / (math.comb(length, n) * n) for n in hidden.sum(1).tolist()]  # of each term
     with torch.autocast(tokens.device.type, enabled=False):  # else the product would be bfloat16
         return log_f[-1], log_p.sum(2) @ log_p.new_tensor(share)
 
@@ -471,9 +471,9 @@ def exact_likelihood(model, tokens, maskable, mask_id):
 def flow_log_prob(velocity, noise, num_steps, method="midpoint", path="linear", action=None):
     """action (B, A) of `flow_sample`, detached, and the discrete sampler's exact log_prob (B,).
 
-    log_prob = log N(noise) - sum over steps of log|det Jacobian|. Its gradient is that at the fixed
-    action: the noise that leads there moves with the parameters. So each step is inverted, by one
-    Newton step from its stored start, which changes no value and has the inverse's gradient. Pass
+    log_prob = log N(noise) - sum over steps of log|det Jacobian|. Its gradient holds the action
+    fixed, so the noise that leads there moves with the parameters. To get it, each step is inverted
+    by one Newton step from its stored start: no value changes, the gradient is the inverse's. Pass
     z = (a - mean) / std as `action` to differentiate mean and std too. If the map from noise to
     action is not one to one, this is a lower bound.
     """
@@ -500,22 +500,22 @@ def flow_bound(velocity, action, draws, path="linear", min_time=0.0):
     """The flow's ELBO (B, N) in nats, one estimate per draw; arguments as in `flow_elbo`.
 
     log N(action) - integral over tau of (alpha / sigma) (|v - u|^2 - |v0 - u|^2), u the target and
-    v0 the exact velocity of a standard normal (VDM's bound, 2107.00630, for a velocity), from
-    min_time on: at 0 it converges only if v = v0. It bounds the SDE with this velocity and the
-    sampler is the ODE, so one sample's gap can be negative, while the mean on policy cannot.
+    v0 the exact velocity of a standard normal (VDM's bound, 2107.00630). Time starts at min_time,
+    because at 0 it converges only if v = v0. It bounds the SDE's log-likelihood; the sampler is the
+    ODE, so the gap of one sample can be negative, but not its mean on policy.
     """
     _expect(0 <= min_time < 1, "min_time", "a number in [0, 1)", min_time)
     time = min_time + (1 - min_time) * _upcast(draws.time)
     x, u, v, alpha, sigma = _on_path(velocity, action, time, draws.noise, path)
     v0 = (sigma - alpha) / (alpha**2 + sigma**2) * x if path == "linear" else 0 * x
     excess = (v - u).square().sum(-1) - (v0 - u).square().sum(-1)
-    weight = (alpha / sigma.clamp(min=1e-30))[..., 0]  # where sigma = 0, v = v0
+    weight = (alpha / sigma.clamp(min=1e-30))[..., 0]  # at sigma = 0 the excess is 0, as v = v0
     integral = (1 - min_time) * _TAU[path] * weight * excess
     return _NORMAL.log_prob(_upcast(action)).sum(-1)[:, None] - integral
 
 
 def alignment(proxy, true, parameters):
-    """Second drift: cosine of the gradients of mean(A * elbo) and mean(A * log_prob), all 0-d."""
+    """Cosine of the gradients of proxy, mean(A * elbo), and true, mean(A * log_prob), both 0-d."""
     _check_shapes(proxy=(proxy, ""), true=(true, ""))
     _expect(not isinstance(parameters, Tensor), "parameters", "a list of tensors", "a tensor")
     parameters = [p for p in parameters if p.requires_grad]
@@ -558,7 +558,7 @@ def two_token(beta=0.2, steps=1500, lr=0.1, rewards=(0.8, 1.0, 0.7, 1.0)):
     return dict(zip(("gap_AA", "gap", "alignment", "reward"), torch.stack(rows).unbind(1)))
 
 
-# The method ends here. Below is what both tasks need to run and report; nobody has to copy it.
+# The method ends here. Below is what lm_task.py and control_task.py run and report with.
 
 import argparse
 import csv
@@ -580,7 +580,7 @@ HEADER = "method     seed      step {:>9}  gap/nats alignment   steps/s time lef
 
 
 def task_parser(doc, methods, default):
-    """The flags that both tasks have. An error is one line, because there is no usage to print."""
+    """The flags that both tasks have. An error is one line, without the usage."""
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=doc, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
@@ -594,7 +594,7 @@ def task_parser(doc, methods, default):
     group.add_argument("--overwrite", action="store_true", help="replace the records in --out")
     usable = {"cuda": torch.cuda.is_available(), "cpu": True, "mps": torch.mps.is_available()}
     devices = [name for name in usable if usable[name]]
-    add("--device", choices=devices, default=devices[0], help="cuda if there is one, else cpu")
+    add("--device", choices=devices, default=devices[0], help=", ".join(devices))
     return parser
 
 
@@ -638,10 +638,9 @@ def prepare(args, settings_of, inputs=()):
         old = load(path, runs[0]["task"])["settings"]
         if path in records and not args.resume:
             raise ValueError(f"{path} exists: --resume goes on from it, --overwrite replaces it")
-        # Seeds of one method are averaged, so other seeds have to be runs of the same settings too.
-        same_method = old["method"] in args.methods
-        other = settings_of(old["method"], old["seed"], args) if same_method else old
-        new = records.get(path, other)
+        new = records.get(path, old)
+        if path not in records and old["method"] in args.methods:
+            new = settings_of(old["method"], old["seed"], args)  # all seeds are averaged
         changed = sorted(f"{name} {value}" for name, value in new.items() - old.items())
         _expect(new == old, "--out", f"the settings of {path}", ", ".join(changed))
     out.mkdir(parents=True, exist_ok=bool(args.out))
@@ -689,7 +688,7 @@ class Run:
         number, runs, jobs = self.place
         steps = self.settings["steps"]
         speed = (step - self.first_step) / (time.monotonic() - self.started)
-        rounds = (runs - 1) // jobs - (number - 1) // jobs  # of `jobs` runs each, after this one
+        rounds = (runs - 1) // jobs - (number - 1) // jobs  # of `jobs` runs each, still to come
         left = int((max(steps - step, 0) + steps * rounds) / speed)  # seconds of the whole command
         line = f"{method:<10} {seed:>4} {step:>9} {score:>9.4g} {gap:>9.3g} {cosine:>9.3f}"
         line += f" {show(speed):>9} {left // 60:>6}:{left % 60:02}  run {number} of {runs}"
@@ -718,7 +717,7 @@ def run_all(train, records, args, score):
 
 
 def attempt(train, *arguments):
-    """Its error as one line, because not every exception survives the way between processes."""
+    """train's error as one line: not every exception survives the way between processes."""
     try:
         train(*arguments)
     except BaseException as error:  # noqa: BLE001 - whatever it is, the other runs go on
