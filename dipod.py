@@ -62,7 +62,7 @@ def dipod_loss(
             A sequence's log ratio grows with its length L: for long ones pass all ELBOs / L.
         old_elbo: as `elbo`, by the policy that sampled, from the same draws. A constant.
         advantages: (B,).
-        beta: >= 0, in the unit of the advantages, to which it is added (below). 0: FPO (2507.21053).
+        beta: >= 0, in the unit of the advantages, to which it is added (below). 0: FPO, 2507.21053.
         clip: > 0, the ratio's trust region is 1 - clip to 1 + clip. A ratio is capped at exp(10).
         trust_region: "ppo", "spo" or "aspo", see `_surrogate`.
         weight: (B,) >= 0, so that a mean over samples is sum(w*x) / sum(w). If a batch is split,
