@@ -10,7 +10,8 @@ from dipod import show, spread, summary
 
 RESULTS = Path(__file__).parent
 COLUMNS = ("final", "mean", "gap", "alignment")  # of `summary`
-STUDENT = {5: 2.776, 10: 2.262, 20: 2.093}  # 97.5 % quantile of Student's t, by number of pairs
+# 97.5 % quantile of Student's t, by number of pairs.
+STUDENT = {5: 2.776, 10: 2.262, 15: 2.145, 17: 2.120, 19: 2.101, 20: 2.093}
 
 
 def read_csv(path):
@@ -51,14 +52,46 @@ def average(column, method, name):
     return spread(values(name, column, method).values())
 
 
+def half_width(differences):
+    """Half of the 95 % interval of their mean (Student's t)."""
+    n = len(differences)
+    return STUDENT[n] * stdev(differences) / math.sqrt(n)
+
+
 def difference(column, method, other, name, other_name=None):
-    """Mean paired difference ± its 95 % interval (Student's t), and the number of seeds above 0."""
+    """Mean paired difference ± half its 95 % interval, and the number of pairs above 0."""
     a, b = values(name, column, method), values(other_name or name, column, other)
     differences = [a[seed] - b[seed] for seed in a if seed in b]
-    n, centre = len(differences), mean(differences)
-    half = STUDENT[n] * stdev(differences) / math.sqrt(n)
     above = sum(d > 0 for d in differences)
-    return f"{show(centre)} ± {show(half)}, {above} of {n}"
+    width = show(half_width(differences))
+    return f"{show(mean(differences))} ± {width}, {above} of {len(differences)}"
+
+
+def stopped_seeds(name, method):
+    """The seeds of the runs that stopped before their last step."""
+    last = {seed: rows[-1]["step"] for seed, rows in read(name)[method].items()}
+    end = max(rows[-1]["step"] for runs in read(name).values() for rows in runs.values())
+    return [seed for seed, step in last.items() if step < end]
+
+
+def stopped(method, *names):
+    """How many runs of how many stopped."""
+    runs = sum(len(read(name)[method]) for name in names)
+    return f"{sum(len(stopped_seeds(name, method)) for name in names)} of {runs}"
+
+
+def above_0(which, method, other, *names):
+    """On how many of the names the interval of method minus other, final, lies above 0.
+
+    which: "finished" leaves out the pairs of runs that stopped, "added" has seeds from 110 on.
+    """
+    count = 0
+    for name in names:
+        a, b = values(name, "final", method), values(name, "final", other)
+        out = stopped_seeds(name, other) if which == "finished" else range(100, 110)
+        differences = [a[seed] - b[seed] for seed in a if seed not in out]
+        count += mean(differences) - half_width(differences) > 0
+    return f"{count} of {len(names)}"
 
 
 def cases(name):
@@ -107,6 +140,30 @@ def lost_open(method, *names):
         at_end = values(name, "gap", method)
         gaps += [at_end[seed] for seed, share in kept(name, method).items() if share < 0.5]
     return f"{sum(gap > 1 for gap in gaps)} of {len(gaps)}"
+
+
+def tight_falls(method, *names):
+    """In how many runs that `lost` counts the gap is below 0.25 nats when the score falls.
+
+    That is at the first row whose gain over the first score is less than half of the best before.
+    """
+    gaps = []
+    for name in names:
+        for seed, share in kept(name, method).items():
+            if share < 0.5:
+                gaps.append(gap_of_fall(read(name)[method][seed]))
+    return f"{sum(gap < 0.25 for gap in gaps)} of {len(gaps)}"
+
+
+def gap_of_fall(rows):
+    """The gap at the first row with less than half of the gain that the rows before it reached."""
+    start = best = first_score(rows)
+    for row in rows:
+        score = list(row.values())[3]
+        if score - start < 0.5 * (best - start):
+            return row["gap"]
+        best = max(best, score)
+    return math.nan
 
 
 def grid(header, rows):
