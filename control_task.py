@@ -10,6 +10,7 @@ A policy acts in [-1, 1] per dimension, rescaled to the environment's bounds. Sh
 rollout, E environments, B = S * E samples, N draws, A action dimensions, O observation dimensions.
 """
 
+import copy
 import math
 import warnings
 
@@ -117,26 +118,26 @@ def gae(rewards, values, next_values, terminated, done):
 @torch.inference_mode()
 def rollout(policy, value, norm, envs, obs):
     """ROLLOUT steps: samples (B, ...), the last observation, the returns of finished episodes."""
-    device = policy.log_std.device
+    actor, actor_norm = (copy.deepcopy(net).cpu() for net in (policy, norm))  # faster than a GPU
     steps, returns = [], []
     for _ in range(ROLLOUT):
-        raw = torch.as_tensor(obs, dtype=torch.float32, device=device)
-        noise = torch.randn(NUM_ENVS, len(policy.log_std), device=device)
-        action = policy.sample(norm(raw), noise)  # unclipped: only the environment clips
-        next_obs, reward, terminated, truncated, info = envs.step(action.cpu().numpy())
+        raw = torch.as_tensor(obs, dtype=torch.float32)
+        noise = torch.randn(NUM_ENVS, len(policy.log_std))
+        action = actor.sample(actor_norm(raw), noise)  # unclipped: only the environment clips
+        obs, reward, terminated, truncated, info = envs.step(action.numpy())
         done = terminated | truncated
-        last = next_obs.copy()
+        last = obs.astype(np.float32)
         if done.any():
             last[done] = np.stack(info["final_obs"][done])  # not the next episode's first
             returns += info["episode"]["r"][done].tolist()
-        step = (raw, noise, action, last, reward, terminated, done)
-        steps.append([torch.as_tensor(x, device=device) for x in step])
-        obs = next_obs
-    raw, noise, action, last, reward, terminated, done = (torch.stack(x) for x in zip(*steps))
+        steps.append((raw, noise, action, last, reward.astype(np.float32), terminated, done))
+    device = policy.log_std.device
+    columns = [torch.as_tensor(np.stack(column), device=device) for column in zip(*steps)]
+    raw, noise, action, last, reward, terminated, done = columns
     x = norm(raw.flatten(0, 1)).view_as(raw)
     values = value(x)[..., 0]
-    next_values = value(norm(last.float().flatten(0, 1)).view_as(raw))[..., 0]
-    advantages = gae(reward.float(), values, next_values, terminated, done)
+    next_values = value(norm(last.flatten(0, 1)).view_as(raw))[..., 0]
+    advantages = gae(reward, values, next_values, terminated, done)
     norm.train()(raw.flatten(0, 1))  # counts from the next rollout on
     norm.eval()
     samples = (x, noise, action, advantages, advantages + values)
@@ -144,7 +145,7 @@ def rollout(policy, value, norm, envs, obs):
 
 
 def drift(policy, samples, generator):
-    """Gap in nats, alignment and entropy on samples of the policy, before the updates on them."""
+    """Gap in nats, alignment and entropy before the updates. The generator is not training's."""
     some = torch.randperm(len(samples[0]), generator=generator, device=generator.device)[:512]
     obs, noise, action, advantages, _ = (column[some] for column in samples)
     draws = draw_flow(action, 16, generator)
@@ -243,8 +244,7 @@ def train(settings, path, place, args):
         due = iteration in (1, iterations - 1) or (iteration + 1) % max(1, iterations // ROWS) == 0
         measured = {"gap": math.nan, "alignment": math.nan, "entropy": math.nan}
         if due and settings["method"] != "ppo":
-            generator = torch.Generator(args.device).manual_seed(iteration)  # not the training's
-            measured = drift(policy, samples, generator)
+            measured = drift(policy, samples, torch.Generator(args.device).manual_seed(iteration))
         info = update(policy, value, optimizer, samples, settings)
         grad_norm = info.pop("grad_norm")
         if settings["distill"] == "after":

@@ -668,14 +668,18 @@ class Run:
             self.rows = state["rows"]
             for name, part in parts.items():
                 part.load_state_dict(state[name])
-            torch.set_rng_state(state["rng"])
+            torch.set_rng_state(state["rng"][0])
+            torch.cuda.set_rng_state_all(state["rng"][1:])
         self.first_step = self.rows[-1]["step"] if self.rows else 0
 
     def add(self, row):
         """Saves a row, whose first columns are step, score, gap and alignment, then prints it."""
         self.rows.append({"method": self.settings["method"], "seed": self.settings["seed"]} | row)
         state = {name: part.state_dict() for name, part in self.parts.items()}
-        state |= {"settings": self.settings, "rows": self.rows, "rng": torch.get_rng_state()}
+        rng = [torch.get_rng_state()]
+        if torch.cuda.is_initialized():
+            rng += torch.cuda.get_rng_state_all()
+        state |= {"settings": self.settings, "rows": self.rows, "rng": rng}
         partial = self.path.with_suffix(".partial")
         with open(partial, "w", newline="") as file:
             writer = csv.DictWriter(file, self.rows[0])

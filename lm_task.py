@@ -285,6 +285,8 @@ def main():
     add("--decay", action="store_true", help="the learning rate decays linearly to 0")
     add("--base", nargs="+", type=Path, default=[], metavar="FILE", help="default: pretrained")
     args = parser.parse_args()
+    if args.device == "cuda" and WORLD > torch.cuda.device_count():
+        parser.error(f"--device: expected a GPU for each of {WORLD} processes, or --device cpu")
     if RANK > 0:  # rank 0 checks, and says what to run
         return train_together(None, args)
     try:

@@ -689,7 +689,7 @@ def test_same_seed_same_numbers_in_a_fresh_directory(smoke, tmp_path, monkeypatc
 
 def test_killed_and_resumed_equals_uninterrupted(smoke, tmp_path):
     base, cut = smoke["lm"][1] / "base" / "base_0.pt", tmp_path / "cut"
-    flags = "--steps 20 --prompts 2 --inner 2 --methods dipod --decay --base"
+    flags = "--device cpu --steps 20 --prompts 2 --inner 2 --methods dipod --decay --base"
     command = [*flags.split(), base, "--out"]
     killed = [sys.executable, "lm_task.py", *command, cut]
     process = subprocess.Popen(killed, start_new_session=True, **PIPED)

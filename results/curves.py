@@ -55,11 +55,11 @@ def slow_flow(write, env, rate, steps=300_000):
             write(row.values())
 
 
-def run(method, env, steps, seed, lr=control_task.LEARNING_RATE, place=(1, 1, 1)):
+def run(method, env, steps, seed, lr=control_task.LEARNING_RATE, place=(1, 1, 1), device="cpu"):
     """A run of control_task.py in this process; its rows, up to where it stopped if it did."""
     args = Namespace(env=env, policy="tight", steps=steps, lr=lr, beta=control_task.BETA)
     args.distill = None
-    args.device = "cpu"
+    args.device = device
     args.resume = False
     settings = control_task.settings_of(method, seed, args)
     with TemporaryDirectory() as out, redirect_stdout(sys.stderr):

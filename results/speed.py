@@ -2,6 +2,7 @@
 
     pip install stable-baselines3      # optional: the peer is left out without it
     python results/speed.py
+    python results/speed.py gpu        # this project on the GPU too, without the peer, once
 
 One thread and 16 environments everywhere, and as many updates for Stable-Baselines3's PPO as for
 this project's methods. All are timed in turn, three times; a row is the median. It prints a CSV and
@@ -36,10 +37,10 @@ def bare_environment():
     return STEPS / (time.monotonic() - started)
 
 
-def this_project(method):
+def this_project(method, device="cpu"):
     """A run of control_task.py, as it is, diagnostics and record included."""
     started = time.monotonic()
-    curves.run(method, ENV, STEPS, seed=0)
+    curves.run(method, ENV, STEPS, seed=0, device=device)
     return STEPS / (time.monotonic() - started)
 
 
@@ -62,14 +63,19 @@ def main():
     torch.set_num_threads(1)
     measured = {"environment": bare_environment}
     measured |= {method: lambda method=method: this_project(method) for method in ("dipod", "ppo")}
-    try:
-        import stable_baselines3 as _
+    gpu = sys.argv[1:] == ["gpu"]
+    if gpu:
+        measured["dipod-gpu"] = lambda: this_project("dipod", "cuda")
+        measured["ppo-gpu"] = lambda: this_project("ppo", "cuda")
+    else:
+        try:
+            import stable_baselines3 as _
 
-        measured["stable-baselines3"] = stable_baselines3
-    except ImportError:
-        print("Stable-Baselines3 is not installed", file=sys.stderr)
+            measured["stable-baselines3"] = stable_baselines3
+        except ImportError:
+            print("Stable-Baselines3 is not installed", file=sys.stderr)
     speeds = {name: [] for name in measured}
-    for _ in range(3):
+    for _ in range(1 if gpu else 3):
         for name, measure in measured.items():
             speeds[name].append(measure())
     bare = statistics.median(speeds["environment"])
