@@ -49,7 +49,7 @@ METHODS = {
     "dipod": {"beta": True, "per_draw": False, "distill": None},
     "fpo++": {"beta": False, "per_draw": True, "distill": None},
     "dipod++": {"beta": True, "per_draw": True, "distill": None},
-    "distill": {"beta": False, "per_draw": True, "distill": "before", "updates": 1000},
+    "distill": {"beta": False, "per_draw": True, "distill": "before", "updates": 16_000},
     "interleave": {"beta": False, "per_draw": False, "distill": "after", "updates": 8},
 }
 

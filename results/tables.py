@@ -67,6 +67,12 @@ def difference(column, method, other, name, other_name=None):
     return f"{show(mean(differences))} ± {width}, {above} of {len(differences)}"
 
 
+def lowest(method, other, name, other_name=None):
+    """The lowest paired difference of the final scores."""
+    a, b = values(name, "final", method), values(other_name or name, "final", other)
+    return show(min(a[seed] - b[seed] for seed in a if seed in b))
+
+
 def stopped_seeds(name, method):
     """The seeds of the runs that stopped before their last step."""
     last = {seed: rows[-1]["step"] for seed, rows in read(name)[method].items()}
@@ -83,13 +89,13 @@ def stopped(method, *names):
 def above_0(which, method, other, *names):
     """On how many of the names the interval of method minus other, final, lies above 0.
 
-    which: "finished" leaves out the pairs of runs that stopped, "added" has seeds from 110 on.
+    which: "all", "finished" without the pairs of runs that stopped, or "added", seeds from 110 on.
     """
     count = 0
     for name in names:
         a, b = values(name, "final", method), values(name, "final", other)
-        out = stopped_seeds(name, other) if which == "finished" else range(100, 110)
-        differences = [a[seed] - b[seed] for seed in a if seed not in out]
+        left_out = {"all": [], "finished": stopped_seeds(name, other), "added": range(100, 110)}
+        differences = [a[seed] - b[seed] for seed in a if seed not in left_out[which]]
         count += mean(differences) - half_width(differences) > 0
     return f"{count} of {len(names)}"
 
