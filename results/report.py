@@ -104,7 +104,7 @@ def main():
         new = MARKERS.sub(fill, old)
         if args.check and new != old:
             parser.exit(1, f"{path.relative_to(ROOT)}: its tables are not what the CSVs say\n")
-        if re.search("(?m)^ *<!-- table.*<!-- end", old):
+        if re.search("(?m)^[* ]*<!-- table.*<!-- end", old):
             parser.exit(1, f"{path.relative_to(ROOT)}: a line starts with a value, so it is HTML\n")
         if dangling := dangling_links(old):
             parser.exit(1, f"{path.relative_to(ROOT)}: no such headings: {sorted(dangling)}\n")
