@@ -231,10 +231,10 @@ def train(settings, path, place, args):
     parts = {"policy": policy, "value": value, "norm": norm, "envs": envs}
     parts |= {"optimizer": optimizer, "decay": decay}
     run = dipod.Run(path, settings, parts, place, args.resume)
-    obs, _ = envs.reset(seed=1000 * settings["seed"] + run.first_step // size)
+    obs, _ = envs.reset(seed=1000 * settings["seed"] + run.step // size)
     returns = []
     score = run.rows[-1]["return"] if run.rows else math.nan
-    for iteration in range(run.first_step // size, iterations):
+    for iteration in range(run.step // size, iterations):
         samples, obs, finished = rollout(policy, value, norm, envs, obs)
         returns += finished
         if iteration == 0:  # only for the observation statistics, which change the inputs

@@ -661,7 +661,7 @@ class Run:
         self.parts = parts
         self.place = place  # number of this run, of all runs, --jobs
         self.rows = []
-        self.started = time.monotonic()
+        self.time = time.monotonic()  # of the last row
         if path.exists():  # if it is not to be resumed, another command has written it meanwhile
             _expect(resume, "--out", "no record of this run", path)
             state = load(path, settings["task"])
@@ -670,7 +670,7 @@ class Run:
                 part.load_state_dict(state[name])
             torch.set_rng_state(state["rng"][0])
             torch.cuda.set_rng_state_all(state["rng"][1:])
-        self.first_step = self.rows[-1]["step"] if self.rows else 0
+        self.step = self.rows[-1]["step"] if self.rows else 0
 
     def add(self, row):
         """Saves a row, whose first columns are step, score, gap and alignment, then prints it."""
@@ -691,7 +691,10 @@ class Run:
         method, seed, step, score, gap, cosine = list(self.rows[-1].values())[:6]
         number, runs, jobs = self.place
         steps = self.settings["steps"]
-        speed = (step - self.first_step) / (time.monotonic() - self.started)
+        now = time.monotonic()
+        speed = (step - self.step) / (now - self.time)  # since the last row
+        self.step = step
+        self.time = now
         rounds = (runs - 1) // jobs - (number - 1) // jobs  # of `jobs` runs each, still to come
         left = int((max(steps - step, 0) + steps * rounds) / speed)  # seconds of the whole command
         line = f"{method:<10} {seed:>4} {step:>9} {score:>9.4g} {gap:>9.3g} {cosine:>9.3f}"

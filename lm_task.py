@@ -110,7 +110,7 @@ def pretrain(settings, path, place, args):
     signs = torch.tensor([PLUS, MINUS])
     completions = torch.cartesian_prod(digits, signs, digits, signs, digits)
     completions = completions[values(completions) >= 0]
-    for step in range(run.first_step + 1, steps + 1):
+    for step in range(run.step + 1, steps + 1):
         chosen = completions[torch.randint(len(completions), (256,))]
         lies = torch.randint(len(TARGETS), (256,))
         tokens = start_tokens(torch.where(torch.rand(256) < TRUTH, values(chosen), lies))
@@ -163,10 +163,10 @@ def train(settings, path, place, args):
     parts = {"model": model, "optimizer": optimizer, "decay": decay}
     run = dipod.Run(path, settings, parts, place, args.resume)
     if RANK > 0:  # other prompts than those of rank 0, which alone keeps a record
-        torch.manual_seed(settings["seed"] + 1000 * RANK + run.first_step)
+        torch.manual_seed(settings["seed"] + 1000 * RANK + run.step)
     kind = settings["likelihood"]
     history = []
-    for step in range(run.first_step + 1, settings["steps"] + 1):
+    for step in range(run.step + 1, settings["steps"] + 1):
         chosen = TRAINED[torch.randint(len(TRAINED), (settings["prompts"] // WORLD,))]
         tokens, maskable, right = sample(model, chosen, SAMPLES)
         groups = dipod.group_advantages(right.view(-1, SAMPLES))
