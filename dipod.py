@@ -573,9 +573,9 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 # Colour-blind safe (Okabe and Ito); a method has one colour in every figure.
-COLORS = {"fpo": "#D55E00", "dipod": "#0072B2", "ppo": "black", "exact": "black"}
+COLORS = {"fpo": "#D55E00", "dipod": "#0072B2", "ppo": "black", "exact": "#CC79A7"}
 COLORS |= {"positives": "#009E73", "fpo++": "#E69F00", "dipod++": "#56B4E9", "distill": "#009E73"}
-COLORS |= {"interleave": "#CC79A7", "spg": "#E69F00", "spg-dipod": "#56B4E9", "d1": "#F0E442"}
+COLORS |= {"interleave": "#999999", "spg": "#E69F00", "spg-dipod": "#56B4E9", "d1": "#F0E442"}
 HEADER = "method     seed      step {:>9}  gap/nats alignment   steps/s time left"  # of `Run.add`
 
 
@@ -805,10 +805,10 @@ def draw(runs, file):
     """Score, gap and alignment over steps: a line for each run, a colour for each method."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 3), layout="constrained")
+    figure = Figure(figsize=(8, 2.8), layout="constrained")
     axes = figure.subplots(1, 3)
     handles = {}
-    for run in runs:
+    for run in reversed(runs):  # so that dipod, the first in the table, is on top
         method = run["settings"]["method"]
         steps = [row["step"] for row in run["rows"]]
         for axis, column in zip(axes, list(run["rows"][0])[3:6]):
@@ -818,5 +818,5 @@ def draw(runs, file):
             axis.locator_params(axis="x", nbins=4)
     axes[1].set_yscale("symlog", linthresh=1)  # a gap that opens passes 1e6 nats
     axes[1].yaxis.set_major_formatter("{x:g}")
-    axes[0].legend(handles.values(), handles.keys())
-    figure.savefig(file, dpi=110)
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=8)
+    figure.savefig(file, dpi=140)

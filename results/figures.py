@@ -19,9 +19,9 @@ SWEEPS = {  # panels of learning_rates.png
 }
 
 
-def start(panels, height=2.8):
+def start(panels, width, height):
     """A figure and its axes, with letters that can be read at half the width of a page."""
-    figure = Figure(figsize=(3.2 * panels, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(1, panels, squeeze=False)[0]
 
 
@@ -42,8 +42,8 @@ def curves(name, methods, file):
 
 def learning_rates():
     """Final score over learning rates: mean of the seeds; lowest to highest is shaded."""
-    figure = Figure(figsize=(7.2, 5.4), layout="constrained")
-    axes = figure.subplots(2, 2).flat
+    figure = Figure(figsize=(7.2, 6), layout="constrained")
+    axes = [*figure.subplots(2, 2).flat]
     for axis, (title, names) in zip(axes, SWEEPS.items()):
         for name in names:
             for method in tables.read(tables.over_rates(name)[0]):
@@ -52,9 +52,11 @@ def learning_rates():
         axis.set(title=title, xscale="log", xlabel="learning rate", ylabel="final score")
         axis.set_xticks([float(rate) for rate in rates], rates, fontsize="small")
         axis.minorticks_off()
-    axes[0].legend(fontsize="small", loc="lower left")
-    axes[3].legend(fontsize="small")
-    figure.savefig(ROOT / "assets" / "learning_rates.png", dpi=110)
+    handles = {}
+    for axis in axes:
+        handles |= {line.get_label(): line for line in axis.lines}
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4)
+    figure.savefig(ROOT / "assets" / "learning_rates.png", dpi=140)
 
 
 def sweep(axis, name, method):
@@ -85,7 +87,7 @@ def columns(name, key):
 
 def two_doors():
     """The bound leaves the likelihood: both over the action axis, and the density of actions."""
-    figure, axes = start(2, 3.2)
+    figure, axes = start(2, 6.4, 3.2)
     for axis, method in zip(axes, ("fpo", "dipod")):
         policy = columns("two_doors", "method")[method]
         for column, style in (("log_prob", "-"), ("elbo", ":")):
@@ -102,12 +104,12 @@ def two_doors():
         density.set_yticks([])
         axis.set_zorder(density.get_zorder() + 1)
         axis.patch.set_visible(False)
-    figure.savefig(ROOT / "assets" / "two_doors.png", dpi=110)
+    figure.savefig(ROOT / "assets" / "two_doors.png", dpi=140)
 
 
 def two_token():
     """Gap of AA, alignment and reward of the paper's diagnostic."""
-    figure, axes = start(3)
+    figure, axes = start(3, 8, 2.6)
     for beta, method in (("0.0", "fpo"), ("0.2", "dipod")):
         curve = columns("two_token", "beta")[beta]
         for axis, column in zip(axes, ("gap_AA", "alignment", "reward")):
@@ -115,7 +117,7 @@ def two_token():
             axis.plot(curve["update"], curve[column], color=dipod.COLORS[method], label=label)
             axis.set(xlabel="update", ylabel=column)
     axes[0].legend()
-    figure.savefig(ROOT / "assets" / "two_token.png", dpi=110)
+    figure.savefig(ROOT / "assets" / "two_token.png", dpi=140)
 
 
 def draw_all():
