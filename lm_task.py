@@ -39,6 +39,7 @@ TARGETS = torch.arange(28)  # all values from 0 on that an expression can have
 HELD_OUT = TARGETS[2::4]  # every fourth, which RL never sees
 TRAINED = TARGETS[TARGETS % 4 != 2]
 RANK = int(os.environ.get("RANK", "0"))  # torchrun's
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 ROWS = 10  # rows of a run's record, about; exact likelihoods cost as much as several iterations
 
@@ -253,7 +254,7 @@ def pretrain_bases(folder, args):
 def train_together(records, args):
     """torchrun: all processes take part in each run, one run after the other."""
     if args.device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(LOCAL_RANK)
     dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
     shared = [records, args.base]
     dist.broadcast_object_list(shared)  # those of rank 0
@@ -285,8 +286,8 @@ def main():
     add("--decay", action="store_true", help="the learning rate decays linearly to 0")
     add("--base", nargs="+", type=Path, default=[], metavar="FILE", help="default: pretrained")
     args = parser.parse_args()
-    if args.device == "cuda" and WORLD > torch.cuda.device_count():
-        parser.error(f"--device: expected a GPU for each of {WORLD} processes, or --device cpu")
+    if args.device == "cuda" and LOCAL_RANK >= torch.cuda.device_count():
+        parser.error("--device: expected a GPU for each process, or --device cpu")
     if RANK > 0:  # rank 0 checks, and says what to run
         return train_together(None, args)
     try:
