@@ -818,5 +818,5 @@ def draw(runs, file):
             axis.locator_params(axis="x", nbins=4)
     axes[1].set_yscale("symlog", linthresh=1)  # a gap that opens passes 1e6 nats
     axes[1].yaxis.set_major_formatter("{x:g}")
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=8)
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4)
     figure.savefig(file, dpi=140)
