@@ -42,7 +42,7 @@ SCALE = {"tight": 0.02, "textbook": 0.25}  # factor of the velocity, see `FlowPo
 ROWS = 20  # rows of a run's record, about
 
 # beta: whether the loss has DiPOD's regularizer. per_draw: FPO++'s one ratio per draw and "aspo".
-# distill: self-distillation before training, or after each rollout, which is Algorithm 1.
+# distill: self-distillation before training (closes the gap) or after each rollout (Algorithm 1).
 METHODS = {
     "ppo": {"beta": False, "per_draw": False, "distill": None},
     "fpo": {"beta": False, "per_draw": False, "distill": None},
@@ -145,7 +145,7 @@ def rollout(policy, value, norm, envs, obs):
 
 
 def drift(policy, samples, generator):
-    """Gap in nats, alignment and entropy before the updates. The generator is not training's."""
+    """Gap in nats, alignment and entropy before the updates; `generator` is not the training's."""
     some = torch.randperm(len(samples[0]), generator=generator, device=generator.device)[:512]
     obs, noise, action, advantages, _ = (column[some] for column in samples)
     draws = draw_flow(action, 16, generator)

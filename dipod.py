@@ -808,7 +808,7 @@ def draw(runs, file):
     figure = Figure(figsize=(8, 2.8), layout="constrained")
     axes = figure.subplots(1, 3)
     handles = {}
-    for run in reversed(runs):  # so that dipod, the first in the table, is on top
+    for run in reversed(runs):  # dipod over ppo
         method = run["settings"]["method"]
         steps = [row["step"] for row in run["rows"]]
         for axis, column in zip(axes, list(run["rows"][0])[3:6]):

@@ -52,6 +52,12 @@ def average(column, method, name):
     return spread(values(name, column, method).values())
 
 
+def paired(column, method, other, name, other_name=None):
+    """{seed: method minus other} of a column, for the seeds that both have."""
+    a, b = values(name, column, method), values(other_name or name, column, other)
+    return {seed: a[seed] - b[seed] for seed in a if seed in b}
+
+
 def half_width(differences):
     """Half of the 95 % interval of their mean (Student's t)."""
     n = len(differences)
@@ -60,17 +66,14 @@ def half_width(differences):
 
 def difference(column, method, other, name, other_name=None):
     """Mean paired difference ± half its 95 % interval, and the number of pairs above 0."""
-    a, b = values(name, column, method), values(other_name or name, column, other)
-    differences = [a[seed] - b[seed] for seed in a if seed in b]
-    above = sum(d > 0 for d in differences)
-    width = show(half_width(differences))
-    return f"{show(mean(differences))} ± {width}, {above} of {len(differences)}"
+    pairs = paired(column, method, other, name, other_name).values()
+    above = sum(d > 0 for d in pairs)
+    return f"{show(mean(pairs))} ± {show(half_width(pairs))}, {above} of {len(pairs)}"
 
 
 def lowest(method, other, name, other_name=None):
     """The lowest paired difference of the final scores."""
-    a, b = values(name, "final", method), values(other_name or name, "final", other)
-    return show(min(a[seed] - b[seed] for seed in a if seed in b))
+    return show(min(paired("final", method, other, name, other_name).values()))
 
 
 def stopped_seeds(name, method):
@@ -80,12 +83,6 @@ def stopped_seeds(name, method):
     return [seed for seed, step in last.items() if step < end]
 
 
-def stopped(method, *names):
-    """How many runs of how many stopped."""
-    runs = sum(len(read(name)[method]) for name in names)
-    return f"{sum(len(stopped_seeds(name, method)) for name in names)} of {runs}"
-
-
 def above_0(which, method, other, *names):
     """On how many of the names the interval of method minus other, final, lies above 0.
 
@@ -93,9 +90,9 @@ def above_0(which, method, other, *names):
     """
     count = 0
     for name in names:
-        a, b = values(name, "final", method), values(name, "final", other)
+        pairs = paired("final", method, other, name)
         left_out = {"all": [], "finished": stopped_seeds(name, other), "added": range(100, 110)}
-        differences = [a[seed] - b[seed] for seed in a if seed not in left_out[which]]
+        differences = [pairs[seed] for seed in pairs if seed not in left_out[which]]
         count += mean(differences) - half_width(differences) > 0
     return f"{count} of {len(names)}"
 
@@ -200,15 +197,14 @@ def compare(methods, *names):
     return grid(header, rows)
 
 
-def methods(names, *more):
-    """A row for each method of NAME,NAME..., or that of NAME:METHOD; more of the CSVs' columns."""
-    columns = (*COLUMNS, *more)
+def methods(names):
+    """A row for each method of NAME,NAME..., or that of NAME:METHOD."""
     rows = []
     for item in names.split(","):
         name, _, method = item.partition(":")
         for chosen in [method] if method else read(name):
-            rows.append([name, chosen, *(average(c, chosen, name) for c in columns)])
-    return grid(["CSV", "method", *columns], rows)
+            rows.append([name, chosen, *(average(c, chosen, name) for c in COLUMNS)])
+    return grid(["CSV", "method", *COLUMNS], rows)
 
 
 def by_method(methods, *columns):
